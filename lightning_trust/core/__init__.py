@@ -1,0 +1,1 @@
+"""What the methods share; no method lives here."""

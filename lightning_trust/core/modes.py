@@ -1,0 +1,60 @@
+"""Context managers that change how a network behaves and restore exactly what they found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+@contextmanager
+def eval_mode(module: nn.Module, only: type[nn.Module] | tuple[type[nn.Module], ...] | None = None) -> Iterator[None]:
+    """Put a network, or its layers of some types, in eval mode; each sub-module gets back the mode it had.
+
+    Args:
+        module: The network.
+        only: Layer types to put in eval mode; all sub-modules if None.
+
+    """
+    found = [(layer, layer.training) for layer in module.modules() if only is None or isinstance(layer, only)]
+    try:
+        for layer, _ in found:
+            layer.training = False
+        yield
+    finally:
+        for layer, training in found:
+            layer.training = training
+
+
+@contextmanager
+def frozen_parameters(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Take ``requires_grad`` from parameters; each gets back the flag it had."""
+    found = [(parameter, parameter.requires_grad) for parameter in parameters]
+    try:
+        for parameter, _ in found:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter, requires_grad in found:
+            parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def untouched_batchnorm(module: nn.Module) -> Iterator[None]:
+    """Let BatchNorm layers compute as they would, and give their running statistics back as they were.
+
+    Forward passes inside normalise with the mean and variance of the batch where the layer trains, but leave no trace
+    in ``running_mean``, ``running_var`` and ``num_batches_tracked``.
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.training]
+    found = [[(buffer, buffer.clone()) for buffer in layer.buffers(recurse=False)] for layer in layers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffers in found:
+                for buffer, value in buffers:
+                    buffer.copy_(value)

@@ -1,0 +1,168 @@
+"""Named random streams, derived anew for every draw and never advanced.
+
+A draw names its stream and is keyed by (seed, state key of the callback, total batch index or whatever else places it
+in the run). It touches no global generator, gives the same numbers after a resume, and is
+
+* ``shared``: equal on all ranks (masks, directions);
+* ``sample``: drawn for the global batch, of which rank r of W takes the rows r::W, or keyed by the index of the sample
+  in its dataset (attack starts, label redraws);
+* ``rank``: different on every rank (quantisers).
+
+The global step is no key: it does not change inside an accumulation window.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+from lightning_trust.core.distributed import rank, world_size
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+
+
+def default_seed() -> int:
+    """The seed that ``seed_everything`` set, or 0 where it was not called."""
+    return int(os.environ.get("PL_GLOBAL_SEED", "0"))
+
+
+def derived_seed(*key: object) -> int:
+    """A 63-bit seed from a key of primitives; equal keys give equal seeds in every process and version of Python."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _signed(value: int) -> int:
+    """A 64-bit pattern as the signed number that torch wants."""
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """Logical shift to the right of int64 (torch's is arithmetic)."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def keyed_bits(seed: int, keys: Tensor) -> Tensor:
+    """63 random bits for each integer key (splitmix64), the same for a key wherever it stands in the tensor.
+
+    Args:
+        seed: Any integer.
+        keys: int64, any shape, such as the indices of samples in their dataset.
+
+    Returns:
+        Non-negative int64 of the same shape.
+
+    Example:
+        >>> a = keyed_bits(1, torch.tensor([3, 5]))
+        >>> b = keyed_bits(1, torch.tensor([5, 9]))
+        >>> bool(a[1] == b[0])
+        True
+
+    """
+    x = keys.long() * _signed(_GOLDEN) + _signed(seed * _FACTORS[0] + _GOLDEN)
+    for shift, factor in zip((30, 27), _FACTORS, strict=True):
+        x = (x ^ _shifted(x, shift)) * _signed(factor)
+    return _shifted(x ^ _shifted(x, 31), 1)
+
+
+def keyed_integers(seed: int, keys: Tensor, high: int) -> Tensor:
+    """An integer in ``[0, high)`` for each key, uniform up to a bias below ``high / 2**63``."""
+    if high < 1:
+        raise ValueError(f"Expected argument `high` to be at least 1, but got {high}.")
+    return keyed_bits(seed, keys) % high
+
+
+@dataclass(frozen=True)
+class RandomStreams:
+    """The random streams of one callback.
+
+    Args:
+        seed: Seed of the run, equal on all ranks.
+        owner: State key of the callback, so that two callbacks never share numbers.
+
+    """
+
+    seed: int
+    owner: str
+
+    def shared(self, *key: object, device: torch.device | str = "cpu") -> Generator:
+        """A generator that is equal on all ranks."""
+        return self._generator(device, "shared", *key)
+
+    def rank(self, *key: object, device: torch.device | str = "cpu") -> Generator:
+        """A generator of this rank's own."""
+        return self._generator(device, "rank", rank(), *key)
+
+    def sample_rows(self, rows: int, draw: Callable[[int, Generator], Tensor], *key: object) -> Tensor:
+        """Rows for the samples of this rank, cut from a draw for the global batch.
+
+        Two ranks with ``rows`` samples each, whose batches interleave as a distributed sampler deals them, get the
+        rows that one rank would have drawn for the whole batch.
+
+        Args:
+            rows: Number of samples on this rank.
+            draw: Given a number of rows and a CPU generator, returns a tensor with so many rows.
+            key: Places the draw in the run.
+
+        """
+        ranks = world_size()
+        whole = draw(rows * ranks, self._generator("cpu", "sample", *key))
+        return whole[rank() :: ranks]
+
+    def sample_seed(self, *key: object) -> int:
+        """Seed for :func:`keyed_bits` and its kin, equal on all ranks."""
+        return derived_seed("sample", self.seed, self.owner, *key)
+
+    def _generator(self, device: torch.device | str, *key: object) -> Generator:
+        return Generator(device).manual_seed(derived_seed(self.seed, self.owner, *key))
+
+
+def random_state() -> dict[str, Any]:
+    """State of the global generators (Python, NumPy, torch, CUDA), as tensors and primitives.
+
+    It loads under ``weights_only=True``.
+    """
+    version, words, gauss = random.getstate()
+    # the legacy generator is the global one that users' augmentations draw from
+    legacy: Any = np.random.get_state()
+    name, keys, *rest = legacy
+    states: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": [version, list(words), gauss],
+        "numpy": [str(name), torch.from_numpy(keys.astype(np.int64)), *(float(value) for value in rest)],
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def set_random_state(states: dict[str, Any]) -> None:
+    """Put the global generators in a state that :func:`random_state` returned."""
+    torch.set_rng_state(states["torch"].cpu())
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), int(position), int(has_gauss), cached))
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+
+
+@contextmanager
+def untouched_random_state() -> Iterator[None]:
+    """Let code draw from the global generators and put them back as they were."""
+    states = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(states)
