@@ -1,0 +1,150 @@
+"""Training of an image classifier."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_trust.nn import create_network
+
+
+class ImageClassifier(pl.LightningModule):
+    r"""Cross-entropy training of a classifier of images, with a learning rate that falls to zero along a cosine.
+
+    With :math:`T` optimizer steps in the whole run, step :math:`t = 0, \dots, T - 1` has the learning rate
+    :math:`\eta_t = \frac{\eta_0}{2} (1 + \cos(\pi t / T))` under ``schedule="cosine"``.
+
+    Logs ``train/loss`` per step, and ``val/loss``, ``val/acc``, ``test/loss``, ``test/acc`` (shares in [0, 1]) per
+    epoch. ``predict`` gives the class probabilities, float ``(B, K)``.
+
+    Shape:
+        - Batch: ``[inputs, targets]``, inputs ``(B, C, H, W)``, targets int64 ``(B,)`` in ``[0, K)``; for ``predict``
+          the inputs alone will do.
+        - ``forward``: inputs -> logits ``(B, K)``.
+
+    Args:
+        network: Name of a network (this package's ``SmallCNN``, ``resnet18_small``, ``resnet20``; timm's;
+            torchvision's; an import path; see :func:`lightning_trust.nn.create_network`), or the network itself.
+        num_classes: Number of classes.
+        in_channels: Channels of an image; not looked at where ``network`` is a module.
+        network_args: Further arguments of a network given by name, e.g. ``{"widths": [8, 8]}``.
+        optimizer: Called with the parameters, gives the optimizer. By default SGD with learning rate 0.1, momentum 0.9
+            and weight decay 5e-4.
+        schedule: ``"cosine"`` or ``"constant"`` learning rate.
+
+    Attributes:
+        network: The network; it holds all parameters.
+
+    Raises:
+        ValueError: If nobody knows the name of the network (close names are listed), or an argument is out of its
+            range.
+        MisconfigurationException: If ``network_args`` are given with a network that is built already, or the cosine is
+            asked for in a run without an end.
+
+    Note:
+        A checkpoint keeps what is plain data among the arguments, so ``load_from_checkpoint`` needs ``network`` again
+        where that was a module, and ``optimizer`` where training goes on. Under LightningCLI it keeps all.
+
+    Example:
+        >>> import torch
+        >>> from lightning_trust.modules import ImageClassifier
+        >>> classifier = ImageClassifier("SmallCNN", num_classes=10)
+        >>> classifier(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 10])
+        >>> ImageClassifier("resnet19")
+        Traceback (most recent call last):
+        ...
+        ValueError: Expected argument `network` to be a network of lightning_trust.nn, timm or torchvision, or the
+        import path of one, but got 'resnet19'. Did you mean one of [...'resnet18'...]?
+
+    """
+
+    def __init__(
+        self,
+        network: str | nn.Module = "SmallCNN",
+        num_classes: int = 10,
+        in_channels: int = 1,
+        network_args: dict[str, Any] | None = None,
+        optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=5e-4),
+        schedule: Literal["cosine", "constant"] = "cosine",
+    ) -> None:
+        super().__init__()
+        if num_classes < 2:
+            raise ValueError(f"Expected argument `num_classes` to be an integer of at least 2, but got {num_classes}.")
+        if schedule not in ("cosine", "constant"):
+            raise ValueError(f"Expected argument `schedule` to be 'cosine' or 'constant', but got {schedule!r}.")
+        if isinstance(network, nn.Module) and network_args:
+            raise MisconfigurationException(
+                f"Argument `network_args` is for a network given by name, but got network_args={network_args} and a"
+                f" {type(network).__name__} that is built already."
+            )
+        not_plain = ["optimizer"] if isinstance(network, str) else ["optimizer", "network"]
+        self.save_hyperparameters(ignore=not_plain)
+        if "_instantiator" in self.hparams:  # LightningCLI is at work and hands over plain data for every argument
+            self.save_hyperparameters()
+        self.network = (
+            create_network(network, in_channels, num_classes, **(network_args or {}))
+            if isinstance(network, str)
+            else network
+        )
+        self.num_classes = num_classes
+        self.schedule = schedule
+        self._make_optimizer = optimizer
+        self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images ``(B, C, H, W)`` -> logits ``(B, K)``."""
+        return self.network(x)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Mean cross-entropy of a batch."""
+        inputs, targets = batch
+        loss = F.cross_entropy(self(inputs), targets)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(targets))
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Log ``val/loss`` and ``val/acc``."""
+        self._evaluate(batch, "val", self.val_accuracy)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Log ``test/loss`` and ``test/acc``."""
+        self._evaluate(batch, "test", self.test_accuracy)
+
+    def predict_step(self, batch: Tensor | tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Class probabilities ``(B, K)`` of a batch."""
+        inputs = batch if isinstance(batch, Tensor) else batch[0]
+        return self(inputs).softmax(dim=1)
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str, accuracy: MulticlassAccuracy) -> None:
+        inputs, targets = batch
+        logits = self(inputs)
+        accuracy.update(logits, targets)
+        rows = len(targets)
+        # averaged over rows here and over ranks by Lightning, as the accuracy is by torchmetrics
+        self.log(f"{stage}/loss", F.cross_entropy(logits, targets), batch_size=rows, sync_dist=True)
+        self.log(f"{stage}/acc", accuracy, prog_bar=True, batch_size=rows)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer, and under ``schedule="cosine"`` its learning rate per step."""
+        optimizer = self._make_optimizer(self.parameters())
+        if self.schedule == "constant":
+            return optimizer
+        steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(steps):
+            raise MisconfigurationException(
+                "schedule='cosine' needs to know the number of steps, but the Trainer has neither `max_epochs` nor"
+                " `max_steps`. Give one of them or take schedule='constant'."
+            )
+        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(1, int(steps)))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cosine, "interval": "step"}}
