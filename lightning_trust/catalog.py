@@ -1,0 +1,203 @@
+"""The one list of methods: what each is called, where it comes from and where its parts stand."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+FAMILIES = (
+    "pruning",
+    "unlearning",
+    "adversarial",
+    "certification",
+    "zeroth_order",
+    "prompting",
+    "backdoor",
+    "diffusion",
+    "continual",
+    "fairness",
+    "invariance",
+    "bilevel",
+    "language",
+    "graphs",
+    "imaging",
+    "reinforcement",
+    "recommendation",
+    "explanation",
+    "optimization",
+    "theory",
+)
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a method comes from.
+
+    Args:
+        title: Title of the paper.
+        venue: Where and when it appeared, with its arXiv number where it has one.
+
+    """
+
+    title: str
+    venue: str
+
+
+@dataclass(frozen=True)
+class MethodEntry:
+    """One method of the package.
+
+    Args:
+        name: Name on the command line, in lower case with hyphens.
+        title: What it is, in one line.
+        papers: The papers that it comes from, the main one first.
+        family: One of :data:`FAMILIES`, the folder of its files in every room.
+        classes: Import paths of its public classes, the main one first.
+        config: Every hyperparameter of the small offline run.
+        docs: Its page of documentation.
+        results: What its small experiment measured.
+        proofs: Its test files.
+
+    """
+
+    name: str
+    title: str
+    papers: tuple[Paper, ...]
+    family: str
+    classes: tuple[str, ...]
+    config: str
+    docs: str
+    results: str
+    proofs: tuple[str, ...]
+
+    @property
+    def paper_config(self) -> str:
+        """The hyperparameters of the paper's full scale."""
+        return self.config.removesuffix(".yaml") + ".paper.yaml"
+
+    @property
+    def overlay_config(self) -> str:
+        """What adds the method to a user's own configuration."""
+        return self.config.removesuffix(".yaml") + ".overlay.yaml"
+
+
+def _entry(
+    name: str, title: str, papers: tuple[Paper, ...], family: str, classes: tuple[str, ...], room: str = "callbacks"
+) -> MethodEntry:
+    # one method, one file name, in every room
+    file = f"{family}/{name.replace('-', '_')}"
+    folder, _, base = file.rpartition("/")
+    return MethodEntry(
+        name=name,
+        title=title,
+        papers=papers,
+        family=family,
+        classes=classes,
+        config=f"configs/{file}.yaml",
+        docs=f"docs/{file}.md",
+        results=f"benchmarks/results/{file}.json",
+        proofs=(f"tests/{room}/{folder}/test_{base}.py",),
+    )
+
+
+_SPARSE_UNLEARNING = Paper("Model Sparsity Can Simplify Machine Unlearning", "NeurIPS 2023, arXiv:2304.04934")
+_ETERNAL_SUNSHINE = Paper(
+    "Eternal Sunshine of the Spotless Net: Selective Forgetting in Deep Networks", "CVPR 2020, arXiv:1911.04933"
+)
+_SALUN = Paper(
+    "SalUn: Empowering Machine Unlearning via Gradient-based Weight Saliency in Both Image Classification and Generation",
+    "ICLR 2024, arXiv:2310.12508",
+)
+
+METHODS: tuple[MethodEntry, ...] = (
+    _entry(
+        "one-shot-pruning",
+        "Zero the smallest, or random, weights once and hold them at zero",
+        (
+            Paper("Learning both Weights and Connections for Efficient Neural Networks", "NIPS 2015, arXiv:1506.02626"),
+            Paper("Rigging the Lottery: Making All Tickets Winners", "ICML 2020, arXiv:1911.11134"),
+        ),
+        "pruning",
+        ("lightning_trust.callbacks.OneShotPruning",),
+    ),
+    _entry(
+        "fine-tune",
+        "Go on training on the rows that are kept",
+        (_ETERNAL_SUNSHINE, _SPARSE_UNLEARNING),
+        "unlearning",
+        ("lightning_trust.callbacks.FineTune",),
+    ),
+    _entry(
+        "random-label",
+        "Train with random labels on the rows to be forgotten",
+        (_ETERNAL_SUNSHINE, _SALUN),
+        "unlearning",
+        ("lightning_trust.callbacks.RandomLabel",),
+    ),
+    _entry(
+        "l1-sparse",
+        "Fine-tune with an l1 penalty that fades out",
+        (_SPARSE_UNLEARNING,),
+        "unlearning",
+        ("lightning_trust.callbacks.L1Sparse",),
+    ),
+    _entry(
+        "salun",
+        "Random labels, moving only the weights that matter to the rows to be forgotten",
+        (_SALUN,),
+        "unlearning",
+        ("lightning_trust.callbacks.SalUn", "lightning_trust.callbacks.WeightSaliency"),
+    ),
+)
+
+
+def methods(family: str | None = None) -> tuple[MethodEntry, ...]:
+    """The methods of the package, or of one family.
+
+    Args:
+        family: One of :data:`FAMILIES`; ``None`` for all.
+
+    Returns:
+        The entries in the order of :data:`METHODS`.
+
+    Raises:
+        ValueError: If there is no such family; close names are listed.
+
+    Example:
+        >>> [entry.name for entry in methods("pruning")]
+        ['one-shot-pruning']
+
+    """
+    if family is not None and family not in FAMILIES:
+        raise ValueError(
+            f"Expected argument `family` to be one of {list(FAMILIES)}, but got {_guess(family, FAMILIES)}"
+        )
+    return tuple(entry for entry in METHODS if family in (None, entry.family))
+
+
+def method(name: str) -> MethodEntry:
+    """The method of that name.
+
+    Args:
+        name: Its name, e.g. ``"salun"``, or the name of one of its classes, e.g. ``"SalUn"``.
+
+    Raises:
+        ValueError: If there is no such method; close names are listed.
+
+    Example:
+        >>> method("salun").classes[0], method("WeightSaliency").name
+        ('lightning_trust.callbacks.SalUn', 'salun')
+
+    """
+    for entry in METHODS:
+        if name == entry.name or name in {path.rpartition(".")[2] for path in entry.classes}:
+            return entry
+    names = [entry.name for entry in METHODS]
+    raise ValueError(
+        f"Expected argument `name` to be a method of `lightning-trust methods`, but got {_guess(name, names)}"
+    )
+
+
+def _guess(name: str, names: tuple[str, ...] | list[str]) -> str:
+    close = difflib.get_close_matches(name.lower().replace("_", "-"), names) or difflib.get_close_matches(name, names)
+    return f"{name!r}. Did you mean {' or '.join(map(repr, close))}?" if close else f"{name!r}."
