@@ -105,7 +105,8 @@ _ETERNAL_SUNSHINE = Paper(
     "Eternal Sunshine of the Spotless Net: Selective Forgetting in Deep Networks", "CVPR 2020, arXiv:1911.04933"
 )
 _SALUN = Paper(
-    "SalUn: Empowering Machine Unlearning via Gradient-based Weight Saliency in Both Image Classification and Generation",
+    "SalUn: Empowering Machine Unlearning via Gradient-based Weight Saliency in Both Image Classification"
+    " and Generation",
     "ICLR 2024, arXiv:2310.12508",
 )
 
