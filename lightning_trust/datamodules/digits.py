@@ -44,7 +44,7 @@ class Digits(ImageRowsDataModule):
         (1237, 200, 360)
         >>> image, label = data.test_dataset[0]
         >>> image.shape, label, data.class_names[label]
-        (torch.Size([1, 8, 8]), 5, '5')
+        (torch.Size([1, 8, 8]), 2, '2')
 
     """
 

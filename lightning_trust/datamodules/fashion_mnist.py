@@ -59,7 +59,7 @@ class FashionMNIST(ImageRowsDataModule):
         >>> inputs.shape, targets.shape
         (torch.Size([128, 1, 28, 28]), torch.Size([128]))
         >>> data.class_names[int(data.train_dataset.targets[0])]
-        'Ankle boot'
+        'Sneaker'
 
     """
 

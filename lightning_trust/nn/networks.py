@@ -28,10 +28,11 @@ def create_network(name: str, in_channels: int = 3, num_classes: int = 10, **arg
 
     1. this package: ``"SmallCNN"``, ``"resnet18_small"``, ``"resnet20"``;
     2. timm, a pre-trained tag included: ``"resnet18"``, ``"vit_tiny_patch16_224.augreg_in21k"``;
-    3. torchvision: ``"shufflenet_v2_x1_0"``. Its stem is replaced where ``in_channels`` is not three;
-    4. the import path of a class or function: ``"torchvision.models.resnet18"``, ``"my_package.nets.MyNet"``. It gets
-       ``in_channels`` and ``num_classes`` where its signature names them, and is imported and called as it is: a path
-       from an untrusted file runs untrusted code.
+    3. torchvision: ``"shufflenet_v2_x1_0"``, or ``"torchvision.models.resnet18"`` where timm has the name too. Its stem
+       is replaced where ``in_channels`` is not three;
+    4. the import path of a class or function: ``"my_package.nets.MyNet"``. It gets ``in_channels`` and ``num_classes``
+       where its signature names them or takes any keyword. It is imported and called: a path from an untrusted file
+       runs untrusted code.
 
     Args:
         name: Name of the network.
@@ -65,11 +66,12 @@ def create_network(name: str, in_channels: int = 3, num_classes: int = 10, **arg
 
     import torchvision
 
-    if name in torchvision.models.list_models(module=torchvision.models):
-        return _torchvision_network(name, in_channels, num_classes, arguments)
+    of_torchvision = torchvision.models.list_models(module=torchvision.models)
+    if (short := name.removeprefix("torchvision.models.")) in of_torchvision:
+        return _torchvision_network(short, in_channels, num_classes, arguments)
     if "." in name:
         return _network_at(name, in_channels, num_classes, arguments)
-    known = {*_OWN, *timm.list_models(), *torchvision.models.list_models(module=torchvision.models)}
+    known = {*_OWN, *timm.list_models(), *of_torchvision}
     raise ValueError(
         "Expected argument `network` to be a network of lightning_trust.nn, timm or torchvision, or the import path of"
         f" one, but got {name!r}.{_suggestion(name, known)}"
@@ -120,9 +122,10 @@ def _network_at(path: str, in_channels: int, num_classes: int, arguments: dict[s
             f"Expected argument `network` to be a network's name or import path, but got {path!r}, which cannot be"
             f" imported: {error}."
         ) from error
-    named = inspect.signature(build).parameters
+    parameters = inspect.signature(build).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     sizes = {"in_channels": in_channels, "num_classes": num_classes}
-    network = build(**{**{key: value for key, value in sizes.items() if key in named}, **arguments})
+    network = build(**{key: value for key, value in sizes.items() if takes_any or key in parameters}, **arguments)
     if not isinstance(network, nn.Module):
         raise ValueError(f"Expected {path!r} to build a torch.nn.Module, but got {type(network).__name__}.")
     return network
