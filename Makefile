@@ -33,35 +33,47 @@ lint: venv
 
 venv: $(STAMP)
 
-# A torch >= 2.6 with a working torchvision that $(PYTHON) has already is kept: the environment then sees its packages.
+# A torch >= 2.6 with a working torchvision that $(PYTHON) has already is kept: $(VENV) then sees its packages.
 $(STAMP): setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
-	  echo "lightning_trust needs Python 3.10 or newer, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || true)." >&2; \
+	  echo "lightning_trust needs Python 3.10 or newer, but '$(PYTHON)' is: $$($(PYTHON) --version 2>&1)" >&2; \
 	  echo "Name another one: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
 	@if [ -e $(VENV) ] && ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
 	  echo "$(VENV) is there, but its Python or pip does not run. Remove it and try again: rm -rf $(VENV)" >&2; exit 1; fi
 	@if [ ! -e $(VENV) ]; then \
-	  site=$$($(PYTHON) -c "$$KEEP_TORCH" 2>/dev/null || true); \
-	  echo "Making $(VENV) $${site:+($$site: keeps the torch that $(PYTHON) has)}"; \
-	  $(PYTHON) -m venv $$site $(VENV) || { \
-	    rm -rf $(VENV); \
+	  kept=$$($(PYTHON) -c "$$FIND_TORCH" 2>/dev/null); \
+	  echo "Making $(VENV)$${kept:+, which keeps the torch in $$kept}"; \
+	  make_venv() { $(PYTHON) -m venv $${kept:+--system-site-packages} $(VENV) || { rm -rf $(VENV); return 1; }; }; \
+	  if ! make_venv; then \
 	    if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
-	      echo "Installing python3-venv, without which Debian's Python makes no environments"; \
+	      echo "Installing python3-venv, without which the Python of Debian and Ubuntu makes no environments"; \
 	      apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq python3-venv >/dev/null \
-	        && $(PYTHON) -m venv $$site $(VENV); \
+	        && make_venv || exit 1; \
 	    else \
-	      echo "'$(PYTHON) -m venv' fails. On Debian and Ubuntu: sudo apt-get install python3-venv" >&2; false; \
-	    fi; } || { rm -rf $(VENV); exit 1; }; fi
+	      echo "'$(PYTHON) -m venv' fails. On Debian and Ubuntu: sudo apt-get install python3-venv" >&2; exit 1; \
+	    fi; \
+	  fi; \
+	  if [ -n "$$kept" ]; then $(BIN)/python -c "$$SEE_TORCH" "$$kept" || { rm -rf $(VENV); exit 1; }; fi; \
+	fi
 	$(BIN)/python -m pip install --disable-pip-version-check -e ".[dev]"
 	@touch $@
 
-define KEEP_TORCH
-import torch, torchvision
+# Prints the folder of packages that holds the torch to keep; fails where there is none.
+define FIND_TORCH
+import pathlib, torch, torchvision
 assert tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 6)
 torchvision.ops.nms(torch.zeros(1, 4), torch.ones(1), 0.5)
-print("--system-site-packages")
+print(pathlib.Path(torch.__file__).resolve().parent.parent)
 endef
-export KEEP_TORCH
+export FIND_TORCH
+
+# --system-site-packages shows the packages of the system, not those of a virtual environment that is active.
+define SEE_TORCH
+import importlib.util, pathlib, sys, sysconfig
+if importlib.util.find_spec("torch") is None:
+    pathlib.Path(sysconfig.get_path("purelib"), "kept_torch.pth").write_text(sys.argv[1] + "\n")
+endef
+export SEE_TORCH
 
 # Never fails: where the package cannot be had, torchvision downloads the data set into data/ at first use.
 data:
