@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,12 +35,13 @@ def transferred(trainer: Any, host: Any, loader: Iterable[Any]) -> Iterator[Any]
     for batch in loader:
         moved = trainer.precision_plugin.convert_input(batch)
         moved = host._on_before_batch_transfer(moved, dataloader_idx=0)
-        yield trainer.strategy.batch_to_device(moved, dataloader_idx=0)
+        # the host's own device: after the end of a fit it may no longer be the strategy's
+        yield trainer.strategy.batch_to_device(moved, device=host.device, dataloader_idx=0)
 
 
 def evaluate(
     trainer: Any, host: Any, network: nn.Module, loader: Iterable[Any], spec: BatchSpec
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Generator[tuple[Tensor, Tensor], None, None]:
     """Outputs and targets of every batch of a loader, without a graph, in eval mode.
 
     Random state and modes are put back after the last batch.

@@ -480,6 +480,7 @@ class HostCallback(Callback):
     A subclass overrides what it needs of
 
     * :meth:`attach`: after joining in ``setup``; here it registers steps, edits, constraints and builds;
+    * :meth:`observe`: in ``on_fit_start`` of a fresh run, before anything changes the host;
     * :meth:`begin`: in ``on_fit_start`` of a fresh run; passes that read the weights belong here;
     * :meth:`resume`: in ``on_fit_start`` of a resumed run, with the saved state, in place of :meth:`begin`;
     * :meth:`state`: what a checkpoint keeps, as tensors and primitives.
@@ -518,6 +519,9 @@ class HostCallback(Callback):
     def attach(self, trainer: Any, host: Any, attachment: Attachment) -> None:
         """Register what shall happen to the host in this run."""
 
+    def observe(self, trainer: Any, host: Any) -> None:
+        """Look at the host of a fresh fit as it came, before any callback's :meth:`begin` changes it."""
+
     def begin(self, trainer: Any, host: Any) -> None:
         """Start a fresh fit."""
 
@@ -552,6 +556,9 @@ class HostCallback(Callback):
             return
         if self.attachment.leads(self):
             self.attachment.arm(trainer)
+            for member in self.attachment.callbacks:
+                if member._saved is None:
+                    member.observe(trainer, pl_module)
         saved, self._saved = self._saved, None
         if saved is None:
             self.begin(trainer, pl_module)

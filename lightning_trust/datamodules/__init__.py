@@ -5,5 +5,16 @@ from __future__ import annotations
 from lightning_trust.datamodules.digits import Digits
 from lightning_trust.datamodules.fashion_mnist import FashionMNIST
 from lightning_trust.datamodules.image_rows import ImageRows, ImageRowsDataModule, RandomShiftFlip
+from lightning_trust.datamodules.unlearning import ForgetClass, ForgetIndices, ForgetRandom, ForgetSplit
 
-__all__ = ["Digits", "FashionMNIST", "ImageRows", "ImageRowsDataModule", "RandomShiftFlip"]
+__all__ = [
+    "Digits",
+    "FashionMNIST",
+    "ForgetClass",
+    "ForgetIndices",
+    "ForgetRandom",
+    "ForgetSplit",
+    "ImageRows",
+    "ImageRowsDataModule",
+    "RandomShiftFlip",
+]
