@@ -17,6 +17,8 @@ help:
 	@echo "make data   the Fashion-MNIST package of Debian and Ubuntu, where it can be installed"
 	@echo "make clean  remove builds and caches (not $(VENV), data/ or runs/)"
 
+# threads that wait asleep: waiting awake, they make an epoch many times slower while another process wants a core
+demo: export OMP_WAIT_POLICY ?= PASSIVE
 demo: venv data
 	$(BIN)/lightning-trust run configs/unlearning/demo.yaml
 
