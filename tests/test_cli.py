@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
@@ -414,3 +416,13 @@ def test_help_and_methods_import_nothing_heavy():
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.endswith("imported: set()\n")
+
+
+def test_one_batch_stays_one_batch_whatever_was_imported_before(monkeypatch):
+    # typing keeps the first of Union[float, int] (as in rich) and Union[int, float] (Lightning) for both
+    annotations = inspect.unwrap(pl.Trainer.__init__).__annotations__
+    monkeypatch.setitem(annotations, "limit_train_batches", float | int | None)
+    cli = main(["fit", "--config=user.yaml", "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=0.5"])
+    assert cli.trainer.global_step == 1
+    assert cli.trainer.limit_val_batches == 0.5
+    assert annotations["limit_train_batches"] == float | int | None

@@ -9,15 +9,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from lightning_trust import __version__
 from lightning_trust.catalog import FAMILIES, METHODS, MethodEntry, method, methods
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from lightning_trust.cli.training import TrainingCLI
 
 _TRAINING = {
@@ -133,6 +130,11 @@ def _methods(args: list[str]) -> None:
     parser.add_argument("name", nargs="?", help="a method, by its name or by a class of it; all by default")
     parser.add_argument("--family", help=f"one of: {', '.join(FAMILIES)}")
     parsed = parser.parse_args(args)
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     console = Console()
     if parsed.name is not None:
         console.print(_method_table(method(parsed.name)))
@@ -155,6 +157,8 @@ def _methods(args: list[str]) -> None:
 
 
 def _method_table(entry: MethodEntry) -> Table:
+    from rich.table import Table
+
     table = Table(
         title=entry.name, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False
     )
@@ -178,6 +182,8 @@ def _report(args: list[str]) -> None:
     parser.add_argument("--output", default="report.html", help="where the page shall stand (default: %(default)s)")
     parser.add_argument("--markdown", help="also write the tables as Markdown to this file")
     parsed = parser.parse_args(args)
+    from rich.console import Console
+
     from lightning_trust.core.files import write_text
     from lightning_trust.report import collect, markdown, print_collection, write_page
 
@@ -199,6 +205,10 @@ def _recipe(args: list[str], console: bool) -> None:
     )
     parser.add_argument("recipe", help="YAML file with `stages`, and optionally `folder` and `variables`")
     parsed = parser.parse_args(args)
+    # before rich, as in a plain LightningCLI: the first `Union[float, int]` of a process decides how all others read,
+    # and with rich's a user's own `Union[int, float]` argument would make 1.0 of 1
+    import lightning.pytorch  # noqa: F401
+
     from lightning_trust.recipes import Recipe
 
     with _in_words(console):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
-from collections.abc import Callable, Sequence
-from types import MethodType
-from typing import Any
+import inspect
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from types import MethodType, UnionType
+from typing import Any, Union, get_args, get_origin
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import (
@@ -31,6 +34,16 @@ from lightning_trust.cli.configs import check_order
 
 class TrainingCLI(LightningCLI):
     """LightningCLI with ``data_wrapper``, and with optimizers that are built when the network is complete."""
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add ``trainer``, ``model`` and ``data``.
+
+        Args:
+            parser: The parser of one subcommand.
+
+        """
+        with _integers_first():
+            super().add_core_arguments_to_parser(parser)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add ``data_wrapper``, ``optimizer`` and ``lr_scheduler``.
@@ -107,6 +120,30 @@ def _configure_optimizers(model: pl.LightningModule, optimizer: Any, scheduler: 
 
 def _plain(kind: type[Any], *args: Any, **kwargs: Any) -> Any:
     return kind(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _integers_first() -> Iterator[None]:
+    """Lightning's ``Union[int, float]`` in that order while the parser is made.
+
+    ``typing`` keeps the first of two unions that differ in order only. Where another package (rich does) asked for
+    ``Union[float, int]`` before Lightning was imported, jsonargparse would take ``limit_train_batches: 1``, one batch,
+    for 1.0, all of them.
+    """
+    annotations = inspect.unwrap(pl.Trainer.__init__).__annotations__
+    found = {name: get_args(hint) for name, hint in annotations.items() if get_origin(hint) in (Union, UnionType)}
+    before = {
+        name: annotations[name]
+        for name, kinds in found.items()
+        if {int, float} <= set(kinds) and kinds.index(float) < kinds.index(int)
+    }
+    for name in before:
+        # `|` makes a union anew, with the order that it is given
+        annotations[name] = functools.reduce(operator.or_, sorted(found[name], key=lambda kind: kind is float))
+    try:
+        yield
+    finally:
+        annotations.update(before)
 
 
 def train(args: Sequence[str]) -> TrainingCLI:
