@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 
 from lightning_trust.core.distributed import from_all_ranks, rank, world_size
-from lightning_trust.core.randomness import random_state, set_random_state
+from lightning_trust.core.randomness import random_state, set_random_state, untouched_random_state
 
 
 class ExactResume(Callback):
@@ -19,7 +19,8 @@ class ExactResume(Callback):
     Lightning restores weights, optimizers and progress, but a run that is resumed within an epoch starts the epoch's
     data anew, with other random numbers. This callback keeps the random state of every rank from which the epoch's
     data iterator was made, how many batches it has served, and the random state at the time of saving. On resume it
-    makes the iterator from the first, drops the batches that were served, and sets the last.
+    makes the iterator from the first, drops the batches that were served, and sets the last. Validation no longer moves
+    the random state of training.
 
     Exact for a kill between two optimizer steps, on the same number of ranks, with sized map-style data: shuffling,
     dropout, augmentation from the global generators, any number of workers, any ``set_epoch`` sampler. Not exact:
@@ -77,6 +78,8 @@ class ExactResume(Callback):
             self._around(trainer.fit_loop, "setup_data", self._setup_data)
             self._around(trainer.fit_loop, "on_advance_start", self._on_advance_start)
             self._around(trainer.fit_loop.epoch_loop, "on_run_start", self._on_run_start)
+            for name in ("run", "increment_progress_to_evaluation_end"):
+                self._around(trainer.fit_loop.epoch_loop.val_loop, name, self._validate)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuse a checkpoint of another number of ranks."""
@@ -128,28 +131,38 @@ class ExactResume(Callback):
 
     def _on_advance_start(self, loop: Any, original: Callable[[], None]) -> None:
         saved = self._own_state()
-        if self._saved is not None and saved is not None and self._saved["served"] == 0:
-            # saved between two epochs: go on from there, the iterator is made below
+        if saved is not None and self._between_epochs(loop.trainer):
+            # go on from there; the iterator is made below
             set_random_state(saved["now"])
         return original()
 
+    def _between_epochs(self, trainer: Any) -> bool:
+        """Whether the checkpoint was saved when the data of an epoch were used up: then the next epoch comes."""
+        served = 0 if self._saved is None else self._saved["served"]
+        return served == 0 or served >= trainer.num_training_batches
+
     def _on_run_start(self, loop: Any, original: Callable[[Any], None], data_fetcher: Any) -> None:
-        saved, whole, self._saved = self._own_state(), self._saved, None
-        epoch = loop.trainer.current_epoch
-        if saved is None or whole is None:
-            if epoch > 0:
-                self._iterator_state = {"epoch": epoch, "random": random_state()}
-            return original(data_fetcher)
-        self.served = whole["served"]
-        if self.served == 0:
-            self._iterator_state = {"epoch": epoch, "random": random_state()}
+        trainer, saved = loop.trainer, self._own_state()
+        if saved is None or self._saved is None:
+            if trainer.current_epoch > 0:
+                self._iterator_state = {"epoch": trainer.current_epoch, "random": random_state()}
+        elif self._between_epochs(trainer):
+            self.served = 0
+            self._iterator_state = {"epoch": trainer.current_epoch, "random": random_state()}
             iter(data_fetcher)
         else:
+            self.served = self._saved["served"]
             self._iterator_state = saved["iterator"]
-            if saved["iterator"]["epoch"] > 0:
+            if trainer.current_epoch > 0:
                 set_random_state(saved["iterator"]["random"])
                 iter(data_fetcher)
             for _ in range(self.served):
                 next(data_fetcher.iterator)
             set_random_state(saved["now"])
+        self._saved = None
         return original(data_fetcher)
+
+    def _validate(self, loop: Any, original: Callable[[], Any]) -> Any:
+        # a resumed run may skip a validation that the first one had done, so it must not move what training draws
+        with untouched_random_state():
+            return original()
