@@ -1,1 +1,3 @@
 """Pure tensor functions: no state, no Lightning."""
+
+__all__: list[str] = []

@@ -30,8 +30,9 @@ class RandomLabel(Unlearner, StepTransform):
     with :math:`y'` uniform over the classes, drawn anew every epoch, keyed by the row's number in the training set:
     the same on any number of ranks and after a resume.
 
-    Paper: Amnesiac Machine Learning (AAAI 2021); as in SalUn: Empowering Machine Unlearning via Gradient-based Weight
-    Saliency in Both Image Classification and Generation (ICLR 2024), of which it is the case without a mask.
+    Papers: Eternal Sunshine of the Spotless Net (CVPR 2020); as in SalUn: Empowering Machine Unlearning via
+    Gradient-based Weight Saliency in Both Image Classification and Generation (ICLR 2024), of which it is the case
+    without a mask.
 
     Args:
         mode: ``"mixed"``: rows of both sets shuffled together. ``"sequential"``: in every epoch first all batches to
