@@ -92,6 +92,11 @@ def _path(place: Key) -> list[Key]:
 
 
 def _entry(container: Any, key: Key) -> Any:
+    if isinstance(container, Tensor | str):
+        # rows of a tensor are samples, not entries of a batch
+        raise TypeError(f"a {type(container).__name__} has no entries")
+    if isinstance(container, Mapping) and key not in container:
+        raise KeyError(key)
     if isinstance(container, Mapping) or (isinstance(key, int) and hasattr(container, "__getitem__")):
         return container[key]
     return getattr(container, str(key))
@@ -99,9 +104,9 @@ def _entry(container: Any, key: Key) -> Any:
 
 def _replaced(container: Any, path: list[Key], value: Any) -> Any:
     key, *rest = path
-    new = value if not rest else _replaced(_entry(container, key), rest, value)
+    old = _entry(container, key)
+    new = value if not rest else _replaced(old, rest, value)
     if isinstance(container, Mapping):
-        _ = container[key]
         changed: Any = copy.copy(container)
         changed[key] = new
         return changed
@@ -113,7 +118,6 @@ def _replaced(container: Any, path: list[Key], value: Any) -> Any:
         changed = copy.copy(container)
         changed[:] = entries
         return changed
-    getattr(container, str(key))
     if hasattr(container, "_replace"):
         return container._replace(**{str(key): new})
     if dataclasses.is_dataclass(container) and not isinstance(container, type):

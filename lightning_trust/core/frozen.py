@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import torch
@@ -33,7 +34,8 @@ class FrozenCopy:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Outputs without a graph; on the device of the first tensor argument."""
         device = next((arg.device for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)), None)
-        if device is not None:
+        held = next(itertools.chain(self.network.parameters(), self.network.buffers()), None)
+        if device is not None and held is not None and held.device != device:
             self.to(device)
         with torch.no_grad():
             return self.network(*args, **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import enum
 import functools
 import types
 from collections.abc import Callable, Mapping
@@ -10,15 +11,21 @@ from typing import Any
 
 from torch import nn
 
-_MISSING: Any = object()
+
+class _Missing(enum.Enum):
+    # a member of an enumeration stays itself in copies and pickles
+    MISSING = enum.auto()
+
+
 # where a host carries what is attached to it; core/step.py fills it
 ATTACHMENT = "_lightning_trust"
 
 
 def overrides(host: nn.Module, method: str) -> bool:
     """Whether the user's class, or the user's instance, brings a method of its own in place of LightningModule's."""
-    # by name, so that hosts of the `pytorch_lightning` package are understood as well
-    base = next((cls for cls in type(host).__mro__ if cls.__name__ == "LightningModule"), object)
+    # by name, so that hosts of the `pytorch_lightning` package are understood as well; the last, for users have classes
+    # of that name too
+    base = next((cls for cls in reversed(type(host).__mro__) if cls.__name__ == "LightningModule"), object)
     own = getattr(type(host), method, None) is not getattr(base, method, None)
     return own or method in host.__dict__
 
@@ -81,7 +88,7 @@ class WrappedMethod:
 
     def __init__(self, host: nn.Module, name: str) -> None:
         self.name = name
-        self.instance = host.__dict__.get(name, _MISSING)
+        self.instance: Any = host.__dict__.get(name, _Missing.MISSING)
         original = getattr(host, name)
         if isinstance(original, types.MethodType) and original.__self__ is host:
             self.target: Callable[..., Any] = original.__func__
@@ -94,7 +101,9 @@ class WrappedMethod:
 
         @functools.wraps(template)
         def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return self.__dict__[ATTACHMENT].methods[name](self, *args, **kwargs)
+            attachment = self.__dict__[ATTACHMENT]
+            wrapped = attachment.methods[name]
+            return (wrapped if attachment.live else wrapped.target)(self, *args, **kwargs)
 
         # Lightning looks at the signature (through __wrapped__) and at the name
         method.__name__ = name
@@ -120,7 +129,7 @@ class WrappedMethod:
 
     def restore(self, host: nn.Module) -> None:
         """Give the host back the instance attribute that it had."""
-        if self.instance is _MISSING:
+        if self.instance is _Missing.MISSING:
             host.__dict__.pop(self.name, None)
         else:
             object.__setattr__(host, self.name, self.instance)

@@ -232,6 +232,8 @@ class ParameterMask(Mapping[str, Tensor]):
             name, field = key.rsplit(":", 1)
             if field != "bits":
                 continue
+            if f"{name}:shape" not in tensors:
+                raise ValueError(f"Expected {path} to hold a shape for '{name}', but got none.")
             shape = torch.Size(tensors[f"{name}:shape"].tolist())
             if tensors[key].numel() != (shape.numel() + 7) // 8:
                 raise ValueError(
@@ -343,19 +345,23 @@ def select_parameters(
 
     """
     parameters = named_parameters(host)
-    unique = {id(parameter) for parameter in parameters.values()}
+    # a tied parameter answers to all its names and layers
+    name_of = {id(parameter): name for name, parameter in parameters.items()}
+    every = host.named_parameters(remove_duplicate=False)
+    aliases = {plain_name(name): name_of[id(parameter)] for name, parameter in every}
     weights: dict[str, set[str]] = {}
-    for name, module in host.named_modules():
+    for module in host.modules():
         weight = module._parameters.get("weight")
-        if weight is not None and id(weight) in unique:
-            weights.setdefault(type(module).__name__, set()).add(plain_name(f"{name}.weight" if name else "weight"))
+        if weight is not None:
+            weights.setdefault(type(module).__name__, set()).add(name_of[id(weight)])
 
     def matched(patterns: Iterable[str], which: str) -> set[str]:
         found: set[str] = set()
         for pattern in patterns:
-            hits = {name for name in parameters if fnmatch.fnmatchcase(name, pattern)} | weights.get(pattern, set())
+            hits = {name for alias, name in aliases.items() if fnmatch.fnmatchcase(alias, pattern)}
+            hits |= weights.get(pattern, set())
             if not hits:
-                known = [*parameters, *weights]
+                known = [*aliases, *weights]
                 raise ValueError(
                     f"Expected argument `{which}` to match parameters of {type(host).__name__}, but got '{pattern}',"
                     f" which matches none. Close names: {close_names(pattern, known)}."

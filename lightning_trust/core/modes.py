@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
 
 @contextmanager
@@ -44,17 +43,17 @@ def frozen_parameters(parameters: Iterable[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def untouched_batchnorm(module: nn.Module) -> Iterator[None]:
-    """Let BatchNorm layers compute as they would, and give their running statistics back as they were.
+    """Let BatchNorm (and InstanceNorm) layers compute as they would, and give their running statistics back.
 
     Forward passes inside normalise with the mean and variance of the batch where the layer trains, but leave no trace
     in ``running_mean``, ``running_var`` and ``num_batches_tracked``.
     """
-    layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.training]
+    layers = [layer for layer in module.modules() if isinstance(layer, _NormBase) and layer.training]
     found = [[(buffer, buffer.clone()) for buffer in layer.buffers(recurse=False)] for layer in layers]
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffers in found:
-                for buffer, value in buffers:
-                    buffer.copy_(value)
+        for buffers in found:
+            for buffer, value in buffers:
+                # `.data`: a graph made inside has saved the buffer, but computes from the statistics of its batch
+                buffer.data.copy_(value)

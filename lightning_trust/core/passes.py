@@ -101,6 +101,8 @@ def gradient_sum(
                 targets = spec.targets_of(batch)
                 with trainer.precision_plugin.train_step_context():
                     value = loss(network(spec.inputs_of(batch)), targets)
+                if not value.requires_grad:
+                    continue
                 gradients = torch.autograd.grad(value * len(targets), list(taking.values()), allow_unused=True)
             for name, gradient in zip(taking, gradients, strict=True):
                 if gradient is not None:
@@ -114,6 +116,8 @@ def gradient_sum(
 def reestimate_batchnorm(trainer: Any, host: Any, network: nn.Module, loader: Iterable[Any], spec: BatchSpec) -> None:
     """Compute BatchNorm's running statistics anew from data, as cumulative averages over the batches of all ranks.
 
+    A layer that no batch reaches keeps what it has.
+
     Args:
         trainer: The Trainer.
         host: The host, whose transfer hooks move the batches.
@@ -124,6 +128,7 @@ def reestimate_batchnorm(trainer: Any, host: Any, network: nn.Module, loader: It
     """
     layers = [layer for layer in network.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
     momenta = [layer.momentum for layer in layers]
+    found = [[buffer.clone() for buffer in layer.buffers(recurse=False)] for layer in layers]
     with timed_pass(host), untouched_random_state(), eval_mode(host), eval_mode(network):
         for layer in layers:
             layer.reset_running_stats()
@@ -135,10 +140,14 @@ def reestimate_batchnorm(trainer: Any, host: Any, network: nn.Module, loader: It
         finally:
             for layer, momentum in zip(layers, momenta, strict=True):
                 layer.momentum = momentum
-        for layer in layers:
+        for layer, before in zip(layers, found, strict=True):
             count = layer.get_buffer("num_batches_tracked")
             # a rank counts with its batches
             sums = [layer.get_buffer("running_mean") * count, layer.get_buffer("running_var") * count, count]
             sum_over_ranks_(sums)
+            if int(count) == 0:
+                for buffer, value in zip(layer.buffers(recurse=False), before, strict=True):
+                    buffer.copy_(value)
+                continue
             for name, total in zip(("running_mean", "running_var"), sums, strict=False):
-                layer.get_buffer(name).copy_(total / sums[2].clamp(min=1))
+                layer.get_buffer(name).copy_(total / count)

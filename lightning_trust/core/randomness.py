@@ -142,7 +142,8 @@ def random_state() -> dict[str, Any]:
         "python": [version, list(words), gauss],
         "numpy": [str(name), torch.from_numpy(keys.astype(np.int64)), *(float(value) for value in rest)],
     }
-    if torch.cuda.is_available():
+    # not `is_available`: asking a GPU that the run does not use would initialise it, and forks could not follow
+    if torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state_all()
     return states
 

@@ -67,6 +67,12 @@ class InputSpace:
         return self.mean is not None
 
     def _affine(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        channels = len(self.mean or ())
+        if channels not in (1, x.shape[self.channel_dim]):
+            raise ValueError(
+                f"Expected inputs with {channels} channels in dimension {self.channel_dim}, as many as arguments"
+                f" `mean` and `std` have values, but got inputs of shape {tuple(x.shape)}."
+            )
         shape = [1] * x.ndim
         shape[self.channel_dim] = -1
         mean = torch.as_tensor(self.mean, dtype=torch.float32, device=x.device).view(shape)
@@ -97,7 +103,10 @@ class InputSpace:
         """Smallest and largest valid network input, each broadcastable to ``x``."""
         low = torch.full([1] * x.ndim, self.low, device=x.device)
         high = torch.full([1] * x.ndim, self.high, device=x.device)
-        return self.from_raw(low), self.from_raw(high)
+        if not self.normalised:
+            return low, high
+        mean, std = self._affine(x)
+        return (low - mean) / std, (high - mean) / std
 
     def clamp(self, x: Tensor) -> Tensor:
         """Network inputs moved to the nearest point of the valid box."""

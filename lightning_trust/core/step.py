@@ -10,7 +10,7 @@ import copy
 import enum
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -116,7 +116,9 @@ class Attachment:
     callback leaves, however the run ended.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, trainer: Any = None, host: Any = None) -> None:
+        self.trainer = trainer
+        self.host = host
         self.methods: dict[str, WrappedMethod] = {}
         self.callbacks: list[HostCallback] = []
         self.undo = ExitStack()
@@ -131,6 +133,7 @@ class Attachment:
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
         twin = Attachment()
         memo[id(self)] = twin
+        twin.host = copy.deepcopy(self.host, memo)
         for name, method in self.methods.items():
             twin.methods[name] = method.bare()
             twin.methods[name].instance = copy.deepcopy(method.instance, memo)
@@ -156,17 +159,31 @@ class Attachment:
             for member in attachment.callbacks.copy():
                 if order.get(id(member), place) >= place:
                     member.attachment = None
-                    attachment.leave(member, host)
+                    attachment.leave(member)
             if not attachment.callbacks:
-                attachment.close(host)
+                # a copy of a host in mid-run brings an attachment without callbacks
+                attachment.close()
+                host.__dict__.pop(ATTACHMENT, None)
                 attachment = None
         if attachment is None:
-            attachment = Attachment()
+            attachment = Attachment(trainer, host)
             object.__setattr__(host, ATTACHMENT, attachment)
         attachment.callbacks.append(callback)
         return attachment
 
-    def leave(self, callback: HostCallback, host: nn.Module) -> None:
+    @property
+    def live(self) -> bool:
+        """Whether the run that attached is the one under way.
+
+        Links that outlived their run, because some other callback failed on the way out, do nothing. Nor do links in a
+        search for a learning rate or batch size: Lightning sets all callbacks aside for it.
+        """
+        if not self.callbacks or self.host._trainer is not self.trainer:
+            return False
+        first = self.callbacks[0]
+        return any(callback is first for callback in self.trainer.callbacks)
+
+    def leave(self, callback: HostCallback) -> None:
         """Detach one callback; with the last one, everything is taken back."""
         if not any(member is callback for member in self.callbacks):
             return
@@ -177,20 +194,21 @@ class Attachment:
         for chain in self.chains.values():
             chain.remove(callback)
         if not self.callbacks:
-            self.close(host)
+            self.close()
 
-    def close(self, host: nn.Module) -> None:
+    def close(self) -> None:
         """Take back all that was set on the host."""
         try:
             self.undo.close()
         finally:
             for method in self.methods.values():
-                method.restore(host)
+                method.restore(self.host)
             self.methods.clear()
             for handle in self._hooked.values():
                 handle[1].remove()
             self._hooked.clear()
-            host.__dict__.pop(ATTACHMENT, None)
+            if self.host is not None:
+                self.host.__dict__.pop(ATTACHMENT, None)
 
     def leads(self, callback: HostCallback) -> bool:
         """Whether a callback is the first of the run's: it does what is done once for all."""
@@ -241,17 +259,20 @@ class Attachment:
         """Run ``apply(optimizer)`` after every optimizer step that was taken, in order of phase."""
         self._constraints.append((phase, callback, apply))
         self._constraints.sort(key=lambda entry: entry[0])
+        check_optimizers([optimizer for optimizer, _ in self._hooked.values()], [callback])
 
-    def run_edits(self, optimizer: Optimizer) -> None:
+    def before_step(self, optimizer: Optimizer) -> None:
         """Edit the gradients that an optimizer is about to use."""
+        if id(optimizer) not in self._hooked:
+            self.arm()
         for _, _, edit in self._edits:
             edit(optimizer)
 
-    def arm(self, trainer: Any) -> None:
+    def arm(self) -> None:
         """Hook the constraints to the run's optimizers, also to those that were made anew since."""
         if self._constraints:
-            check_optimizers(trainer.optimizers, [callback for _, callback, _ in self._constraints])
-        current = {id(optimizer): optimizer for optimizer in trainer.optimizers}
+            check_optimizers(self.trainer.optimizers, [callback for _, callback, _ in self._constraints])
+        current = {id(optimizer): optimizer for optimizer in self.trainer.optimizers}
         for key in [key for key, (optimizer, _) in self._hooked.items() if current.get(key) is not optimizer]:
             self._hooked.pop(key)[1].remove()
         for key, optimizer in current.items():
@@ -260,16 +281,19 @@ class Attachment:
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+        # a host may keep its optimizer for later runs
+        if not self.live:
+            return
         for _, _, apply in self._constraints:
             apply(optimizer)
 
     # -- the step ------------------------------------------------------------------------------------------------------
-    def transform(self, transform: StepTransform, trainer: Any, host: nn.Module, stage: Stage) -> None:
-        """Add a transform to the chain around one of the host's steps."""
+    def chain(self, stage: Stage = "fit") -> StepChain:
+        """The chain around one of the host's steps; it is put there when it is first asked for."""
         if stage not in self.chains:
-            self.chains[stage] = StepChain(trainer, stage)
-            self.wrap(host, _STEPS[stage], self.chains[stage])
-        self.chains[stage].add(transform)
+            self.chains[stage] = StepChain(self.trainer, stage)
+            self.wrap(self.host, _STEPS[stage], self.chains[stage])
+        return self.chains[stage]
 
     def end_batch(self) -> None:
         """Let go of the micro-batch that was kept for its evaluations."""
@@ -287,7 +311,6 @@ class StepChain:
         self.replayable = False
         self.transforms: list[StepTransform] = []
         self._nested: list[StepTransform] = []
-        self._extras: Mapping[str, Any] | None = None
         self.forget()
 
     def add(self, transform: StepTransform) -> None:
@@ -309,26 +332,28 @@ class StepChain:
         """Let go of the micro-batch that was kept for its evaluations."""
         self._kept: tuple[Any, Any, Any] | None = None
         self._evaluations = 0
+        self._extras: Mapping[str, Any] | None = None
         self._replay: Callable[[], Tensor | None] | None = None
 
     def __call__(self, host: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the step of the host with its transforms."""
-        # a link that outlived its run, because some other callback failed on the way out, does nothing
-        if host._trainer is not self.trainer:
-            return call(*args, **kwargs)
         batch, rest = (args[0], args[1:]) if args else (kwargs.pop("batch"), ())
         context = self._context(*rest, **kwargs)
         if self.stage != "fit":
             return call(self._prepared(host, batch, context), *rest, **kwargs)
         key = (context.total_batch_idx, context.batch_idx)
-        if self._kept is None or self._kept[0] != key or self._kept[1] is not batch:
+        again = self._kept is not None and self._kept[0] == key and self._kept[1] is batch
+        if not again:
             self.forget()
             self._kept = (key, batch, self._prepared(host, batch, context))
-        prepared = self._kept[2]
-        once = functools.partial(self._once, host, call, rest, kwargs)
+        # an optimizer that evaluates the step several times logs it once
+        with muted(host) if again else nullcontext():
+            return self._evaluated(host, functools.partial(self._once, host, call, rest, kwargs), context)
+
+    def _evaluated(self, host: Any, once: Callable[[Any], Any], context: StepContext) -> Any:
+        prepared = self._kept[2] if self._kept is not None else None
         if not self._nested and not self.replayable:
             return once(prepared)
-
         step: Callable[[Any], Tensor] = functools.partial(self._loss_of, host, once)
         for transform in self._nested:
             step = functools.partial(_loss_around, transform, host, step, context)
@@ -356,6 +381,7 @@ class StepChain:
         self, host: nn.Module, step: Callable[[Any], Tensor], prepared: Any, state: dict[str, Any]
     ) -> Tensor | None:
         with (
+            muted(host),
             untouched_random_state(),
             untouched_batchnorm(host),
             self.trainer.precision_plugin.train_step_context(),
@@ -371,8 +397,15 @@ class StepChain:
             batch = transform.prepare(host, batch, context)
         return batch
 
-    def _context(self, batch_idx: int = 0, dataloader_idx: int = 0, **_: Any) -> StepContext:
-        total = self.trainer.fit_loop.total_batch_idx if self.stage == "fit" else batch_idx
+    def _context(self, batch_idx: int | None = None, dataloader_idx: int = 0, **_: Any) -> StepContext:
+        # not every step takes an index
+        if self.stage == "fit":
+            total = self.trainer.fit_loop.total_batch_idx
+            batch_idx = self.trainer.fit_loop.batch_idx if batch_idx is None else batch_idx
+        else:
+            if batch_idx is None:
+                batch_idx = self.trainer._active_loop.batch_progress.current.ready - 1
+            total = batch_idx
         return StepContext(self.trainer, self.stage, batch_idx, dataloader_idx, total)
 
     def _once(
@@ -413,6 +446,9 @@ def muted(host: nn.Module) -> Iterator[None]:
     """Let a host's step run without leaving a trace in its logs and its torchmetrics."""
     from torchmetrics import Metric
 
+    if host.__dict__.get("log") is _log_nothing:
+        yield
+        return
     metrics = [module for module in host.modules() if isinstance(module, Metric)]
     kept = [_metric_state(metric) for metric in metrics]
     logs: dict[str, Any] = {name: host.__dict__[name] for name in ("log", "log_dict") if name in host.__dict__}
@@ -501,6 +537,7 @@ class HostCallback(Callback):
         self.attachment: Attachment | None = None
         self.random = RandomStreams(0 if seed is None else seed, self.state_key)
         self._saved: dict[str, Any] | None = None
+        self._started = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "attachment": None}
@@ -541,7 +578,9 @@ class HostCallback(Callback):
         """Join the host's chain."""
         # a state left from `validate(ckpt_path=...)` belongs to no fit
         self._saved = None
-        self._leave(pl_module)
+        self._leave()
+        if stage == "fit":
+            self._started = False
         if not self._takes_part(stage):
             return
         check_strategy(type(self).__name__, trainer, self.strategies)
@@ -555,7 +594,7 @@ class HostCallback(Callback):
         if self.attachment is None:
             return
         if self.attachment.leads(self):
-            self.attachment.arm(trainer)
+            self.attachment.arm()
             for member in self.attachment.callbacks:
                 if member._saved is None:
                     member.observe(trainer, pl_module)
@@ -564,38 +603,42 @@ class HostCallback(Callback):
             self.begin(trainer, pl_module)
         else:
             self.resume(trainer, pl_module, saved)
+        self._started = True
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Hook optimizers that were made anew."""
         if self.attachment is not None and self.attachment.leads(self):
-            self.attachment.arm(trainer)
+            self.attachment.arm()
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Optimizer) -> None:
         """Edit gradients, once for all callbacks."""
         if self.attachment is not None and self.attachment.leads(self):
-            self.attachment.run_edits(optimizer)
+            self.attachment.before_step(optimizer)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Let go of what was kept of the batch."""
-        if self.attachment is not None and self.attachment.leads(self):
+        # the last, because those before may evaluate the step here
+        if self.attachment is not None and self.attachment.callbacks[-1] is self:
             self.attachment.end_batch()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave the host as it was."""
-        self._leave(pl_module)
+        self._leave()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Leave the host as it was; Lightning calls no teardown after an exception or Ctrl-C."""
-        self._leave(pl_module)
+        self._leave()
 
-    def _leave(self, host: nn.Module) -> None:
+    def _leave(self) -> None:
         attachment, self.attachment = self.attachment, None
         if attachment is not None:
-            attachment.leave(self, host)
+            attachment.leave(self)
 
     def state_dict(self) -> dict[str, Any]:
-        """State for a checkpoint."""
-        return self.state()
+        """State for a checkpoint; what was loaded, where the fit has not started, and nothing where nothing was."""
+        if self._saved is not None:
+            return self._saved
+        return self.state() if self._started else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a checkpoint's state until the fit starts."""
@@ -662,30 +705,30 @@ class StepTransform(HostCallback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Join the host's chain and the steps of the stage."""
-        if self._takes_part(stage):
-            check_steps(self, pl_module)
+        steps = [own for own in self.stages if own == stage or (stage == "fit" and own == "validate")]
+        check_steps(self, pl_module, steps)
         super().setup(trainer, pl_module, stage)
         if self.attachment is not None:
-            for own in self.stages:
-                if own == stage or (stage == "fit" and own == "validate"):
-                    self.attachment.transform(self, trainer, pl_module, own)
+            for own in steps:
+                self.attachment.chain(own).add(self)
 
 
-def check_steps(transform: StepTransform, host: Any) -> None:
+def check_steps(transform: StepTransform, host: Any, stages: list[Stage]) -> None:
     """Refuse hosts whose steps a transform cannot reach, before training starts."""
     import inspect
 
-    if "fit" not in transform.stages:
-        return
     owner = type(transform).__name__
+    for name in (_STEPS[stage] for stage in stages):
+        if "dataloader_iter" in inspect.signature(getattr(host, name)).parameters:
+            raise MisconfigurationException(
+                f"{owner} changes the batch of a step, but `{type(host).__name__}.{name}` takes `dataloader_iter`."
+                " Let it take `batch, batch_idx`."
+            )
+    if "fit" not in stages:
+        return
     if not overrides(host, "training_step"):
         raise MisconfigurationException(
             f"{owner} changes the training step, but {type(host).__name__} has no `training_step` that returns a loss."
-        )
-    if "dataloader_iter" in inspect.signature(host.training_step).parameters:
-        raise MisconfigurationException(
-            f"{owner} changes the batch of a step, but `{type(host).__name__}.training_step` takes `dataloader_iter`."
-            " Let it take `batch, batch_idx`."
         )
     if transform.changes_loss and not host.automatic_optimization:
         raise MisconfigurationException(
