@@ -11,6 +11,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from lightning_trust.functional.unlearning.membership_inference import (
     Feature,
+    check_feature,
     membership_feature,
     membership_inference,
 )
@@ -30,7 +31,7 @@ class MembershipInference(Metric):
         seed: Seed of their draw.
 
     Raises:
-        ValueError: If ``max_rows`` is below 1.
+        ValueError: If ``max_rows`` is below 1 or ``feature`` is another word.
 
     Example:
         >>> metric = MembershipInference()
@@ -53,6 +54,7 @@ class MembershipInference(Metric):
 
     def __init__(self, feature: Feature = "confidence", max_rows: int = 2000, seed: int = 0) -> None:
         super().__init__()
+        check_feature(feature)
         if max_rows < 1:
             raise ValueError(f"Expected argument `max_rows` to be at least 1, but got {max_rows}.")
         self.feature = feature
@@ -76,8 +78,10 @@ class MembershipInference(Metric):
 
     def compute(self) -> Tensor:
         """The efficacy, in [0, 100]."""
-        parts = {
-            part: dim_zero_cat(getattr(self, part) or [torch.empty(0, 1)]) for part in ("retain", "test", "forget")
-        }
+        parts = {}
+        for part in ("retain", "test", "forget"):
+            rows = getattr(self, part)
+            # one tensor once the ranks have shared their rows, a list before
+            parts[part] = dim_zero_cat(rows) if len(rows) else torch.empty(0, 1)
         efficacy, _ = membership_inference(**parts, max_rows=self.max_rows, seed=self.seed)
         return torch.tensor(efficacy, device=self.device)

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 Feature = Literal["confidence", "correctness", "entropy", "m_entropy", "probability"]
+
+
+def check_feature(feature: str) -> None:
+    """Refuse what is no feature."""
+    if feature not in get_args(Feature):
+        raise ValueError(
+            "Expected argument `feature` to be 'confidence', 'correctness', 'entropy', 'm_entropy' or 'probability',"
+            f" but got {feature!r}."
+        )
 
 
 def membership_feature(probabilities: Tensor, targets: Tensor, feature: Feature = "confidence") -> Tensor:
@@ -31,6 +40,7 @@ def membership_feature(probabilities: Tensor, targets: Tensor, feature: Feature 
         tensor([[0.1000]])
 
     """
+    check_feature(feature)
     if feature == "probability":
         return probabilities
     true = probabilities.gather(1, targets.long().unsqueeze(1))
@@ -41,15 +51,10 @@ def membership_feature(probabilities: Tensor, targets: Tensor, feature: Feature 
     tiny = torch.finfo(probabilities.dtype).tiny
     if feature == "entropy":
         return -(probabilities * probabilities.clamp(min=tiny).log()).sum(1, keepdim=True)
-    if feature == "m_entropy":
-        complement = 1.0 - probabilities
-        others = probabilities * complement.clamp(min=tiny).log()
-        others = others.sum(1, keepdim=True) - others.gather(1, targets.long().unsqueeze(1))
-        return -(1.0 - true) * true.clamp(min=tiny).log() - others
-    raise ValueError(
-        "Expected argument `feature` to be 'confidence', 'correctness', 'entropy', 'm_entropy' or 'probability',"
-        f" but got {feature!r}."
-    )
+    complement = 1.0 - probabilities
+    others = probabilities * complement.clamp(min=tiny).log()
+    others = others.sum(1, keepdim=True) - others.gather(1, targets.long().unsqueeze(1))
+    return -(1.0 - true) * true.clamp(min=tiny).log() - others
 
 
 def membership_inference(

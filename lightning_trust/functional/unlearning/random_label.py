@@ -24,7 +24,7 @@ def random_labels(targets: Tensor, draws: Tensor, num_classes: int, exclude_true
         Labels of the shape and type of ``targets``.
 
     Raises:
-        ValueError: If ``num_classes`` is below 2, or the targets are no integers.
+        ValueError: If ``num_classes`` is below 2, or the targets are no integers or not one a draw.
 
     Example:
         >>> random_labels(torch.tensor([0, 2]), torch.tensor([4, 4]), num_classes=3).tolist()
@@ -37,5 +37,11 @@ def random_labels(targets: Tensor, draws: Tensor, num_classes: int, exclude_true
         raise ValueError(f"Expected argument `num_classes` to be at least 2, but got {num_classes}.")
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise ValueError(f"Expected argument `targets` to be integer class labels, but got {targets.dtype}.")
-    drawn = (targets + 1 + draws % (num_classes - 1)) % num_classes if exclude_true_label else draws % num_classes
+    if targets.shape != draws.shape:
+        raise ValueError(
+            f"Expected argument `targets` to hold one label a row, of the shape {tuple(draws.shape)} of `draws`,"
+            f" but got {tuple(targets.shape)}."
+        )
+    # the draws are int64, so that the sum with targets of a small type does not overflow
+    drawn = (draws % (num_classes - 1) + targets + 1) % num_classes if exclude_true_label else draws % num_classes
     return drawn.to(targets.dtype)
