@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from lightning_trust.datamodules.cifar import CIFAR10
 from lightning_trust.datamodules.digits import Digits
 from lightning_trust.datamodules.fashion_mnist import FashionMNIST
 from lightning_trust.datamodules.image_rows import ImageRows, ImageRowsDataModule, RandomShiftFlip
 from lightning_trust.datamodules.unlearning import ForgetClass, ForgetIndices, ForgetRandom, ForgetSplit
 
 __all__ = [
+    "CIFAR10",
     "Digits",
     "FashionMNIST",
     "ForgetClass",
