@@ -20,7 +20,7 @@ from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.timing import medians
-from lightning_trust.callbacks import OneShotPruning, SalUn
+from lightning_trust.callbacks import SalUn
 from lightning_trust.core.files import write_json
 from lightning_trust.core.masks import ParameterMask, WeightZeroing, select_parameters
 from lightning_trust.core.records import hardware, versions
@@ -198,7 +198,7 @@ def imports(rounds: int) -> list[dict[str, object]]:
 
     def seconds(code: str) -> float:
         command = "import time; start = time.process_time(); " + code + "; print(time.process_time() - start)"
-        done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)  # noqa: S603
+        done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
         return float(done.stdout.strip().splitlines()[-1])
 
     values: dict[str, list[float]] = {"lightning": [], "both": []}
