@@ -83,11 +83,7 @@ class ExactResume(Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuse a checkpoint of another number of ranks."""
-        if self._saved is not None and len(self._saved["ranks"]) != world_size():
-            raise MisconfigurationException(
-                f"ExactResume resumes on as many ranks as saved their random state ({len(self._saved['ranks'])}),"
-                f" but got {world_size()}. Use as many devices, or remove ExactResume from `callbacks`."
-            )
+        self._own_state()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count a batch."""
@@ -117,7 +113,14 @@ class ExactResume(Callback):
         self._undo.callback(loop.__dict__.pop, name, None)
 
     def _own_state(self) -> dict[str, Any] | None:
-        return None if self._saved is None else self._saved["ranks"][rank()]
+        if self._saved is None:
+            return None
+        if len(self._saved["ranks"]) != world_size():
+            raise MisconfigurationException(
+                f"ExactResume resumes on as many ranks as saved their random state ({len(self._saved['ranks'])}),"
+                f" but got {world_size()}. Use as many devices, or remove ExactResume from `callbacks`."
+            )
+        return self._saved["ranks"][rank()]
 
     def _setup_data(self, loop: Any, original: Callable[[], None]) -> None:
         # a host that asks for `estimated_stepping_batches` comes here before on_fit_start

@@ -50,7 +50,8 @@ class OneShotPruning(HostCallback):
         >>> import lightning.pytorch as pl
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
         >>> pruning = OneShotPruning(0.5)
-        >>> trainer = pl.Trainer(fast_dev_run=1, callbacks=[pruning], accelerator="cpu", enable_progress_bar=False)
+        >>> quiet = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+        >>> trainer = pl.Trainer(fast_dev_run=1, callbacks=[pruning], **quiet)
         >>> trainer.fit(model := BoringModel())
         >>> int((model.layer.weight == 0).sum()), model.layer.weight.numel()
         (32, 64)
@@ -84,7 +85,7 @@ class OneShotPruning(HostCallback):
         self.verbose = verbose
         self.mask: ParameterMask | None = None
         self._zeroing: WeightZeroing | None = None
-        self._to_log: float | None = None
+        self._logged = False
 
     # -- the mask ------------------------------------------------------------------------------------------------------
     def attach(self, trainer: Any, host: Any, attachment: Attachment) -> None:
@@ -103,6 +104,7 @@ class OneShotPruning(HostCallback):
         mask = ParameterMask.from_state_dict(state["mask"])
         mask.check(host, "mask of the checkpoint")
         self._use(mask, host)
+        self._logged = state["logged"]
 
     def scores(self, host: nn.Module) -> dict[str, Tensor]:
         """Score of every prunable weight; the lowest go.
@@ -138,7 +140,7 @@ class OneShotPruning(HostCallback):
         self.mask = mask
         self._zeroing = WeightZeroing(mask, host)
         self._zeroing.weights()
-        self._to_log = mask.sparsity
+        self._logged = False
 
     def _zero_weights(self, optimizer: Any) -> None:
         if self._zeroing is not None:
@@ -201,10 +203,13 @@ class OneShotPruning(HostCallback):
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Log the sparsity where it has changed."""
         super().on_train_epoch_start(trainer, pl_module)
-        if self._to_log is not None:
-            pl_module.log("trust/sparsity", self._to_log, on_step=False, on_epoch=True, rank_zero_only=True)
-            self._to_log = None
+        if self.mask is not None and not self._logged:
+            pl_module.log("trust/sparsity", self.mask.sparsity, on_step=False, on_epoch=True, rank_zero_only=True)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Loggers get the value at the end of the epoch; a run that is killed before logs it when it is resumed."""
+        self._logged = True
 
     def state(self) -> dict[str, Any]:
-        """The mask."""
-        return {} if self.mask is None else {"mask": self.mask.state_dict()}
+        """The mask, and whether its sparsity has been logged."""
+        return {} if self.mask is None else {"mask": self.mask.state_dict(), "logged": self._logged}

@@ -65,7 +65,6 @@ class L1Sparse(Unlearner):
         self.alpha = alpha
         self.schedule = schedule
         self.no_l1_epochs = no_l1_epochs
-        self._coefficient = 0.0
 
     def attach(self, trainer: Any, host: Any, attachment: Attachment) -> None:
         """Register the gradient of the penalty."""
@@ -83,13 +82,27 @@ class L1Sparse(Unlearner):
                     f" but got {self.no_l1_epochs}."
                 )
         attachment.edit_gradients(self, GradientPhase.ADD, self._add)
-        self._trainer = trainer
+
+    def coefficient(self, epoch: int, epochs: int) -> float:
+        """Weight of the penalty in one epoch.
+
+        Args:
+            epoch: The epoch, from 0.
+            epochs: Number of epochs; -1 where the Trainer sets none.
+
+        """
+        if epochs < 0:
+            # only a constant schedule comes here
+            return self.alpha
+        return l1_coefficient(epoch, epochs, self.alpha, self.schedule, self.no_l1_epochs)
 
     @torch.no_grad()
     def _add(self, optimizer: Optimizer) -> None:
-        trainer = self._trainer
-        epochs = max(trainer.fit_loop.max_epochs or 0, 1)
-        coefficient = l1_coefficient(trainer.current_epoch, epochs, self.alpha, self.schedule, self.no_l1_epochs)
+        if self.attachment is None:
+            return
+        trainer = self.attachment.trainer
+        epochs = trainer.fit_loop.max_epochs
+        coefficient = self.coefficient(trainer.current_epoch, -1 if epochs is None else epochs)
         if coefficient == 0.0:
             return
         for group in optimizer.param_groups:

@@ -9,9 +9,9 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_trust.callbacks.unlearning.unlearner import Unlearner, find_split
+from lightning_trust.callbacks.unlearning.unlearner import Unlearner, check_logits, find_split, first_of
 from lightning_trust.core.batch import BatchSpec
-from lightning_trust.core.passes import evaluate
+from lightning_trust.core.passes import evaluate, transferred
 from lightning_trust.core.randomness import keyed_bits
 from lightning_trust.core.step import Claim, StepContext, StepTransform
 from lightning_trust.datamodules.unlearning.forget_split import Feed
@@ -47,8 +47,8 @@ class RandomLabel(Unlearner, StepTransform):
         seed: Seed of the labels; the one of ``seed_everything`` if None.
 
     Raises:
-        ValueError: If ``mode`` is another word, ``alpha`` is not positive, ``num_classes`` is below 2; in the first
-            step, if the targets are no integers.
+        ValueError: If ``mode`` is another word, ``alpha`` is not positive, ``num_classes`` is below 2 (at once); if
+            the network puts out no logits or the targets are no class labels (when the fit starts).
         MisconfigurationException: If ``alpha`` is other than 1 in mixed mode.
 
     Example:
@@ -86,7 +86,7 @@ class RandomLabel(Unlearner, StepTransform):
         self.exclude_true_label = exclude_true_label
         self.alpha = alpha
         self.num_classes = num_classes
-        self._classes: int | None = num_classes
+        self._classes = num_classes or 0
 
     def current_feed(self) -> Feed:
         """What this callback trains on."""
@@ -97,24 +97,34 @@ class RandomLabel(Unlearner, StepTransform):
         """Whether the loss is weighted."""
         return self.alpha != 1.0
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Join the host's chain."""
-        self._classes = self.num_classes
-        super().setup(trainer, pl_module, stage)
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Count the classes, and look at the labels of a first batch."""
+        if self.attachment is not None:
+            self._classes = self._count_classes(trainer, pl_module)
+        super().on_fit_start(trainer, pl_module)
 
     def _count_classes(self, trainer: Any, host: Any) -> int:
-        if self._classes is None:
-            split = find_split(trainer, type(self).__name__)
-            batches = evaluate(trainer, host, self.network_of(host), split.forget_dataloader(), self.batch_spec)
-            outputs, _ = next(batches)
-            batches.close()
-            if outputs.ndim != 2:
-                raise ValueError(
-                    f"{type(self).__name__} expects the network to put out logits of shape (N, K), but got"
-                    f" {tuple(outputs.shape)}. Name it with `network`."
-                )
-            self._classes = outputs.shape[1]
-        return self._classes
+        owner = type(self).__name__
+        loader = find_split(trainer, owner).forget_dataloader()
+        if self.num_classes is None:
+            outputs, targets = first_of(evaluate(trainer, host, self.network_of(host), loader, self.batch_spec))
+            check_logits(owner, outputs)
+            classes = outputs.shape[1]
+        else:
+            classes = self.num_classes
+            targets = self.batch_spec.targets_of(first_of(transferred(trainer, host, loader)))
+        if targets.ndim != 1 or targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+            raise ValueError(
+                f"Expected the targets of a batch to be integer class labels of shape (N,), because {owner} draws"
+                f" others, but got {targets.dtype} of shape {tuple(targets.shape)}."
+            )
+        low, high = int(targets.min()), int(targets.max())
+        if low < 0 or high >= classes:
+            raise ValueError(
+                f"Expected the targets of a batch to be classes in [0, {classes}), of which {owner} draws others, but"
+                f" got classes from {low} to {high}."
+            )
+        return classes
 
     def prepare(self, host: Any, batch: Any, ctx: StepContext) -> Any:
         """Give the rows to be forgotten random labels."""
@@ -125,8 +135,7 @@ class RandomLabel(Unlearner, StepTransform):
         targets = self.batch_spec.targets_of(batch)
         seed = self.random.sample_seed("labels", ctx.trainer.current_epoch)
         draws = keyed_bits(seed, split.indices(ctx.batch_idx)).to(targets.device)
-        classes = self._count_classes(ctx.trainer, host)
-        labels = random_labels(targets, draws, classes, self.exclude_true_label)
+        labels = random_labels(targets, draws, self._classes, self.exclude_true_label)
         return self.batch_spec.replace(batch, targets=torch.where(rows.to(targets.device), labels, targets))
 
     def loss(self, host: Any, step: Callable[[Any], Tensor], batch: Any, ctx: StepContext) -> Tensor:

@@ -47,9 +47,8 @@ class SalUn(WeightSaliency, RandomLabel):
         >>> from lightning_trust.datamodules import Digits, ForgetRandom, ForgetSplit
         >>> from lightning_trust.modules import ImageClassifier
         >>> split = ForgetSplit(Digits(), ForgetRandom(fraction=0.1))
-        >>> trainer = pl.Trainer(
-        ...     fast_dev_run=1, callbacks=[salun := SalUn()], accelerator="cpu", enable_progress_bar=False
-        ... )
+        >>> quiet = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+        >>> trainer = pl.Trainer(fast_dev_run=1, callbacks=[salun := SalUn()], **quiet)
         >>> trainer.fit(ImageClassifier("SmallCNN"), split)
         >>> round(salun.mask.density, 3)
         0.5

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Generator
+from contextlib import closing
+from typing import Any, ClassVar, TypeVar
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 
 from lightning_trust.core.step import Attachment, Claim, HostCallback
 from lightning_trust.datamodules.unlearning.forget_split import Feed, ForgetSplit
+
+T = TypeVar("T")
 
 
 def find_split(trainer: Any, owner: str) -> ForgetSplit:
@@ -26,6 +31,31 @@ def find_split(trainer: Any, owner: str) -> ForgetSplit:
             " `data_wrapper: {class_path: ForgetSplit, ...}` in YAML."
         )
     return split
+
+
+def first_of(batches: Generator[T, None, None]) -> T:
+    """The first of what a pass yields; the pass ends there, and puts back what it changed."""
+    with closing(batches):
+        return next(batches)
+
+
+def check_logits(owner: str, outputs: Any) -> None:
+    """Refuse what a network puts out if it is no batch of logits.
+
+    Raises:
+        ValueError: Naming the shape and the argument that helps.
+
+    """
+    if not isinstance(outputs, Tensor) or outputs.ndim != 2 or not outputs.is_floating_point():
+        found = (
+            f"{outputs.dtype} of shape {tuple(outputs.shape)}"
+            if isinstance(outputs, Tensor)
+            else f"a {type(outputs).__name__}"
+        )
+        raise ValueError(
+            f"Expected the network to put out logits of shape (N, K), because {owner} classifies with them, but got"
+            f" {found}. Name the part of the host that gives logits with `network`."
+        )
 
 
 class Unlearner(HostCallback):

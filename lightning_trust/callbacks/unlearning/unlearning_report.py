@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,19 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
-from lightning_trust.callbacks.unlearning.unlearner import Unlearner, find_split
+from lightning_trust.callbacks.load_weights import LoadWeights
+from lightning_trust.callbacks.unlearning.unlearner import Unlearner, check_logits, find_split
+from lightning_trust.callbacks.unlearning.weight_saliency import WeightSaliency
 from lightning_trust.core.batch import BatchSpec
 from lightning_trust.core.distributed import from_first_rank, gather_rows
 from lightning_trust.core.host import find_network
 from lightning_trust.core.passes import evaluate
-from lightning_trust.core.randomness import default_seed
 from lightning_trust.core.records import METRICS, RunRecord, hardware, versions
 from lightning_trust.core.step import HostCallback
 from lightning_trust.datamodules.unlearning.forget_split import ForgetSplit, Part
 from lightning_trust.functional.unlearning.membership_inference import (
     Feature,
+    check_feature,
     membership_feature,
     membership_inference,
 )
@@ -62,7 +65,8 @@ class UnlearningReport(HostCallback):
         name: Tells two callbacks of this class apart.
 
     Raises:
-        ValueError: If ``max_rows`` is below 1.
+        ValueError: If ``max_rows`` is below 1 or ``feature`` is another word (at once); if the network puts out no
+            logits, or outputs that are not finite.
         MisconfigurationException: If the run's data module is no ``ForgetSplit``.
 
     Example:
@@ -86,6 +90,7 @@ class UnlearningReport(HostCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(name=name)
+        check_feature(feature)
         if max_rows < 1:
             raise ValueError(f"Expected argument `max_rows` to be at least 1, but got {max_rows}.")
         self.folder = folder
@@ -115,7 +120,6 @@ class UnlearningReport(HostCallback):
 
         """
         split = find_split(trainer, type(self).__name__)
-        split.test_part_setup()
         network = find_network(host, self.network)
         parts = {part: self._rows(trainer, host, network, split, part) for part in _PARTS}
         accuracy = {part: 100.0 * float(correct.float().mean()) for part, (correct, _, _) in parts.items()}
@@ -145,6 +149,7 @@ class UnlearningReport(HostCallback):
         """Whether each row is classified right, its features, and its confidence, gathered from all ranks."""
         correct, features, confidence = [], [], []
         for logits, targets in evaluate(trainer, host, network, split.part(part, shard=True), self.batch_spec):
+            check_logits(type(self).__name__, logits)
             probabilities = logits.double().softmax(1)
             correct.append((probabilities.argmax(1) == targets).cpu())
             features.append(membership_feature(probabilities, targets, self.feature).cpu())
@@ -215,11 +220,14 @@ class UnlearningReport(HostCallback):
     def state(self) -> dict[str, Any]:
         """What was measured before, and the clocks."""
         passes = self._passes + (self.attachment.pass_seconds if self.attachment is not None else 0.0)
-        return {"before": self._before, "steps": self._clock.steps, "fit": self._clock.fit, "passes": passes}
+        return {"before": self._before, "steps": self._clock.steps, "fit": self._clock.whole, "passes": passes}
 
     # -- the record ----------------------------------------------------------------------------------------------------
     def _is_retrain(self, trainer: Any) -> bool:
-        return not any(isinstance(callback, Unlearner) for callback in trainer.callbacks)
+        # whoever trains on more than the retain set, or from weights that know the rest, is no yardstick
+        others = (Unlearner, WeightSaliency, LoadWeights)
+        feeds = find_split(trainer, type(self).__name__).current_feed
+        return feeds == "retain" and not any(isinstance(callback, others) for callback in trainer.callbacks)
 
     def _finish(self, trainer: Any, host: Any) -> None:
         state = self.state()
@@ -229,10 +237,10 @@ class UnlearningReport(HostCallback):
         retrain = self._is_retrain(trainer)
         masks = [member.mask for member in trainer.callbacks if type(member).__name__ == "OneShotPruning"]
         self.record = RunRecord(
-            label=self.label or " + ".join(["Retrain"] * retrain + methods),
+            label=self.label or " + ".join(["Retrain"] * retrain + methods) or "Training",
             role="retrain" if retrain else "method",
             scenario=str(split.forget),
-            seed=default_seed(),
+            seed=int(os.environ["PL_GLOBAL_SEED"]) if "PL_GLOBAL_SEED" in os.environ else None,
             forget={"hash": split.forget_hash, "spec": repr(split.forget), **self._after["counts"]},
             metrics=self._after["metrics"],
             before=self._before["metrics"] if self._before else None,
@@ -300,6 +308,11 @@ class _StepClock:
         if self._fit_start is not None:
             self.fit += time.perf_counter() - self._fit_start
             self._fit_start = None
+
+    @property
+    def whole(self) -> float:
+        """Seconds of the fit so far, the stretch that is under way included."""
+        return self.fit + (0.0 if self._fit_start is None else time.perf_counter() - self._fit_start)
 
     def start_step(self, device: torch.device) -> None:
         if device.type == "cuda":

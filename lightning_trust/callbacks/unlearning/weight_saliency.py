@@ -7,7 +7,8 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
 
 from lightning_trust.callbacks.unlearning.unlearner import find_split
 from lightning_trust.core.batch import BatchSpec
@@ -17,6 +18,29 @@ from lightning_trust.core.passes import gradient_sum, timed_pass
 from lightning_trust.core.step import Attachment, Claim, ConstraintPhase, GradientPhase, HostCallback
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def cross_entropy(outputs: Any, targets: Any) -> Tensor:
+    """Mean cross-entropy of logits ``(N, K, ...)`` and labels ``(N, ...)``, or probabilities of the logits' shape.
+
+    Raises:
+        ValueError: If outputs and targets are something else.
+
+    """
+    logits = isinstance(outputs, Tensor) and outputs.ndim > 1 and outputs.is_floating_point()
+    labels = isinstance(targets, Tensor) and (not targets.is_floating_point() or targets.shape == outputs.shape)
+    if not logits or not labels:
+        raise ValueError(
+            "Expected the network to put out logits of shape (N, K), and the targets to be integer class labels,"
+            " because the saliency is the gradient of their cross-entropy, but got"
+            f" {_words(outputs)} and {_words(targets)}. Pass another `loss`, or name the part of the host that gives"
+            " logits with `network`."
+        )
+    return F.cross_entropy(outputs, targets)
+
+
+def _words(value: Any) -> str:
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 class WeightSaliency(HostCallback):
@@ -46,7 +70,10 @@ class WeightSaliency(HostCallback):
 
     Raises:
         ValueError: If ``ratio`` is outside [0, 1] or ``scope`` is another word (at once); if the saliency is zero
-            everywhere or not finite, or the mask file is damaged or of another network (when the fit starts).
+            everywhere or not finite, the network puts out no logits and no ``loss`` is given, or the mask file is
+            damaged or of another network (when the fit starts).
+        MisconfigurationException: If a mask file and ``random`` are given both; if the run's data module is no
+            ``ForgetSplit``.
 
     Example:
         >>> WeightSaliency(ratio=0.5).ratio
@@ -83,7 +110,11 @@ class WeightSaliency(HostCallback):
         self.ratio = ratio
         self.scope = scope
         self.random_mask = random
-        self.saliency_loss: Loss = loss or F.cross_entropy
+        if random and mask is not None:
+            raise MisconfigurationException(
+                f"{type(self).__name__}(random=True, mask='{mask}') has two masks. Give one of the two arguments."
+            )
+        self.saliency_loss: Loss = loss or cross_entropy
         self.mask_file = mask
         self.mask: ParameterMask | None = None
         self._holding: WeightHolding | None = None
@@ -104,6 +135,12 @@ class WeightSaliency(HostCallback):
         if self.mask_file is not None:
             mask = ParameterMask.load(self.mask_file)
             mask.check(host, f"mask of {self.mask_file}")
+            absent = [name for name in self._trainable(host) if name not in mask]
+            if absent:
+                raise ValueError(
+                    f"Expected the mask of {self.mask_file} to name every trained parameter of {type(host).__name__},"
+                    f" but got none for {len(absent)}: {', '.join(absent[:4])}{', ...' if len(absent) > 4 else ''}."
+                )
         else:
             scores = self.saliency(trainer, host)
             with timed_pass(host):
@@ -125,7 +162,7 @@ class WeightSaliency(HostCallback):
             host: The host.
 
         """
-        parameters = {name: value for name, value in named_parameters(host).items() if value.requires_grad}
+        parameters = self._trainable(host)
         if self.random_mask:
             generator = self.random.shared("saliency")
             return {name: torch.rand(value.shape, generator=generator) for name, value in parameters.items()}
@@ -141,7 +178,18 @@ class WeightSaliency(HostCallback):
         )
         return {name: score.abs_() for name, score in sums.items()}
 
+    @staticmethod
+    def _trainable(host: nn.Module) -> dict[str, nn.Parameter]:
+        return {name: value for name, value in named_parameters(host).items() if value.requires_grad}
+
     def _mask(self, scores: dict[str, Tensor]) -> ParameterMask:
+        dead = [name for name, score in scores.items() if not bool(torch.isfinite(score).all())]
+        if dead:
+            raise ValueError(
+                f"Expected the gradient of the loss on the forget set to be finite, because {type(self).__name__} ranks"
+                f" the weights by it, but got NaN or infinite values in {len(dead)} parameter(s): {', '.join(dead[:4])}"
+                f"{', ...' if len(dead) > 4 else ''}. Is the loaded model sound?"
+            )
         if not any(bool(score.any()) for score in scores.values()):
             raise ValueError(
                 "Expected the gradient of the loss on the forget set to have an entry other than zero, but got none:"

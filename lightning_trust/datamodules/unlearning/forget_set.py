@@ -30,6 +30,11 @@ class ForgetClass:
 
         """
         labels = targets()
+        if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
+            raise ValueError(
+                "Expected the targets of the training set to be integer class labels, one a row, because ForgetClass"
+                f" looks for class {self.label}, but got {labels.dtype} of shape {tuple(labels.shape)}."
+            )
         rows = (labels == self.label).nonzero().flatten()
         if len(rows) == 0:
             present = ", ".join(str(value) for value in sorted(set(labels.tolist()))[:20])

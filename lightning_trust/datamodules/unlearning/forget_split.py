@@ -24,13 +24,29 @@ from torch.utils.data import (
 
 from lightning_trust.core.batch import BatchSpec
 from lightning_trust.core.distributed import rank, world_size
-from lightning_trust.core.randomness import derived_seed
+from lightning_trust.core.randomness import derived_seed, untouched_random_state
 from lightning_trust.datamodules.unlearning.forget_set import ForgetClass, ForgetSet
 
 Feed = Literal["retain", "forget", "forget_then_retain", "mixed"]
 Part = Literal["forget", "retain", "test"]
 _FEEDS: tuple[Feed, ...] = ("retain", "forget", "forget_then_retain", "mixed")
-_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+# what stays the user's own where the user's data module brings it, and Lightning's where it does not
+_HOOKS = (
+    "on_before_batch_transfer",
+    "transfer_batch_to_device",
+    "on_after_batch_transfer",
+    "val_dataloader",
+    "test_dataloader",
+    "predict_dataloader",
+)
+_SETTINGS = (
+    "prepare_data_per_node",
+    "allow_zero_length_dataloader_with_multiple_devices",
+    "_log_hyperparams",
+    "_hparams",
+    "_hparams_initial",
+    "_hparams_name",
+)
 
 
 class ForgetOrder(DistributedSampler[int]):
@@ -182,10 +198,12 @@ class ForgetSplit(LightningDataModule):
         self.batch_spec = batch_spec or BatchSpec()
         self.seed = seed
         self.requested: Feed | None = None
-        self._rows: tuple[Tensor, Tensor] | None = None
+        self._rows: tuple[Tensor, Tensor, Tensor] | None = None
         self._loader: ForgetLoader | None = None
-        self._stage = "fit"
-        # a hook that the user's data module does not bring stays the LightningModule's
+        self._set_up: set[str] = set()
+        for setting in _SETTINGS:
+            if setting in datamodule.__dict__:
+                self.__dict__[setting] = datamodule.__dict__[setting]
         for hook in _HOOKS:
             if getattr(type(datamodule), hook, None) is not getattr(LightningDataModule, hook, None):
                 setattr(self, hook, getattr(datamodule, hook))
@@ -199,33 +217,49 @@ class ForgetSplit(LightningDataModule):
     # -- the user's own ------------------------------------------------------------------------------------------------
     def prepare_data(self) -> None:
         """Prepare the user's data."""
+        self.datamodule.trainer = self.trainer
         self.datamodule.prepare_data()
 
     def setup(self, stage: str) -> None:
-        """Set up the user's data."""
+        """Set up the user's data.
+
+        Raises:
+            MisconfigurationException: If the Trainer would replace the order of the data.
+
+        """
+        stage = str(getattr(stage, "value", stage))
+        overfit = getattr(self.trainer, "overfit_batches", 0)
+        if stage == "fit" and overfit > 0:
+            raise MisconfigurationException(
+                f"ForgetSplit decides the order of the data, but Trainer(overfit_batches={overfit}) would replace it."
+                " Use `limit_train_batches`."
+            )
         self.datamodule.trainer = self.trainer
         self.datamodule.setup(stage)
-        self._stage = str(getattr(stage, "value", stage))
-        self._rows = None
-        if self._stage == "fit":
+        self._set_up = {stage}
+        self._rows = self._loader = None
+        # from a run that ended in an exception
+        self.requested = None
+        if stage == "fit":
             self._split()
+
+    def _ensure_set_up(self, stage: str) -> None:
+        """Set up what another stage needs of the user's data, once."""
+        if stage not in self._set_up:
+            # a run draws the same numbers whether it is measured or not
+            with untouched_random_state():
+                self.datamodule.setup(stage)
+            self._set_up.add(stage)
 
     def teardown(self, stage: str) -> None:
         """Tear the user's data down."""
         self.datamodule.teardown(stage)
+        self._set_up.clear()
         self.requested = None
 
-    def val_dataloader(self) -> Any:
-        """The user's validation data."""
-        return self.datamodule.val_dataloader()
-
-    def test_dataloader(self) -> Any:
-        """The user's test data."""
-        return self.datamodule.test_dataloader()
-
-    def predict_dataloader(self) -> Any:
-        """The user's prediction data."""
-        return self.datamodule.predict_dataloader()
+    def on_exception(self, exception: BaseException) -> None:
+        """Tell the user's data module."""
+        self.datamodule.on_exception(exception)
 
     def state_dict(self) -> dict[str, Any]:
         """State of the user's data module, and which rows are forgotten."""
@@ -238,7 +272,9 @@ class ForgetSplit(LightningDataModule):
             MisconfigurationException: If the checkpoint is of a run that forgot other rows.
 
         """
-        if state_dict["forget_hash"] != self.forget_hash:
+        # a model may be measured against any forget set
+        fits = self.trainer is None or self.trainer.state.fn == "fit"
+        if fits and state_dict["forget_hash"] != self.forget_hash:
             raise MisconfigurationException(
                 f"Expected the forget set of the checkpoint ({state_dict['forget_hash']}), but got {self.forget}"
                 f" ({self.forget_hash}). Resume with the same `forget` and the same training set."
@@ -247,18 +283,18 @@ class ForgetSplit(LightningDataModule):
 
     # -- the split -----------------------------------------------------------------------------------------------------
     def _train_loader(self) -> DataLoader[Any]:
-        if self._stage != "fit":
-            self.datamodule.setup("fit")
+        self._ensure_set_up("fit")
         loader = self.datamodule.train_dataloader()
         if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-            found = f"an IterableDataset in {type(loader).__name__}" if isinstance(loader, DataLoader) else type(loader)
+            found = f"{'an IterableDataset in ' * isinstance(loader, DataLoader)}{type(loader).__name__}"
             raise MisconfigurationException(
                 "ForgetSplit splits one DataLoader over a map-style dataset, but"
                 f" `{type(self.datamodule).__name__}.train_dataloader` gave {found}."
             )
         return loader
 
-    def _split(self) -> tuple[Tensor, Tensor]:
+    def _split(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows to forget, rows to retain, and which of all rows are to be forgotten."""
         if self._rows is None:
             dataset = self._train_loader().dataset
             count = len(cast(Sized, dataset))
@@ -269,9 +305,9 @@ class ForgetSplit(LightningDataModule):
                     f"Expected argument `forget` to leave rows to forget and rows to retain of {count}, but got"
                     f" {self.forget!r}, which is {amount}."
                 )
-            kept = torch.ones(count, dtype=torch.bool)
-            kept[forget] = False
-            self._rows = forget, kept.nonzero().flatten()
+            forgotten = torch.zeros(count, dtype=torch.bool)
+            forgotten[forget] = True
+            self._rows = forget, (~forgotten).nonzero().flatten(), forgotten
         return self._rows
 
     @property
@@ -292,7 +328,7 @@ class ForgetSplit(LightningDataModule):
     @property
     def forget_hash(self) -> str:
         """Names the forget set: equal for equal rows of a training set of equal size."""
-        forget, retain = self._split()
+        forget, retain, _ = self._split()
         content = f"{len(forget) + len(retain)}:".encode() + forget.numpy().tobytes()
         return hashlib.blake2b(content, digest_size=8).hexdigest()
 
@@ -323,7 +359,7 @@ class ForgetSplit(LightningDataModule):
                 "ForgetSplit cuts batches of its own, but"
                 f" `{type(self.datamodule).__name__}.train_dataloader` has a batch sampler and no `batch_size`."
             )
-        forget, retain = self._split()
+        forget, retain, _ = self._split()
         segments = {
             "retain": [retain],
             "forget": [forget],
@@ -346,6 +382,13 @@ class ForgetSplit(LightningDataModule):
 
         """
         loader = self._loader
+        if (
+            self.trainer is not None
+            and self.trainer.training
+            and isinstance(self.trainer.train_dataloader, ForgetLoader)
+        ):
+            # others may have asked for loaders since
+            loader = self.trainer.train_dataloader
         if loader is None or loader.served == 0:
             raise RuntimeError("Expected a batch to have been served before its rows are asked for, but none was.")
         if loader.served != batch_idx + 1:
@@ -357,7 +400,7 @@ class ForgetSplit(LightningDataModule):
 
     def rows(self, batch_idx: int) -> Tensor:
         """Which rows of the batch that training got last are to be forgotten: a boolean for each."""
-        return torch.isin(self.indices(batch_idx), self.forget_rows, assume_unique=False)
+        return self._split()[2][self.indices(batch_idx)]
 
     def forget_dataloader(self) -> DataLoader[Any]:
         """The rows to be forgotten, in order, as they are measured."""
@@ -377,6 +420,7 @@ class ForgetSplit(LightningDataModule):
 
         """
         if part == "test":
+            self._ensure_set_up("test")
             loader = self.datamodule.test_dataloader()
             if not isinstance(loader, DataLoader):
                 raise MisconfigurationException(
@@ -396,11 +440,6 @@ class ForgetSplit(LightningDataModule):
         settings = {**_settings(loader), "persistent_workers": False}
         subset = Subset(dataset, cast(Any, rows.tolist()))
         return DataLoader(subset, batch_size=loader.batch_size or 1, shuffle=False, **settings)
-
-    def test_part_setup(self) -> None:
-        """Set up the user's test data where the run is a fit."""
-        if self._stage == "fit":
-            self.datamodule.setup("test")
 
 
 def _settings(loader: DataLoader[Any]) -> dict[str, Any]:
@@ -424,7 +463,7 @@ def dataset_targets(dataset: Any, spec: BatchSpec) -> Tensor:
         found = getattr(dataset, name, None)
         if found is not None and not callable(found):
             return torch.as_tensor(found)
-    return torch.as_tensor([int(spec.targets_of(dataset[row])) for row in range(len(dataset))])
+    return torch.stack([torch.as_tensor(spec.targets_of(dataset[row])) for row in range(len(dataset))])
 
 
 def with_transform(dataset: Any, transform: Callable[[Any], Any] | None) -> Any:
@@ -434,6 +473,8 @@ def with_transform(dataset: Any, transform: Callable[[Any], Any] | None) -> Any:
     changed = copy.copy(dataset)
     if isinstance(dataset, Subset):
         changed.dataset = with_transform(dataset.dataset, transform)
+    elif isinstance(dataset, ConcatDataset):
+        changed.datasets = [with_transform(part, transform) for part in dataset.datasets]
     elif hasattr(dataset, "transform"):
         changed.transform = transform
     else:
