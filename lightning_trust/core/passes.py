@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -30,13 +31,23 @@ def timed_pass(host: nn.Module) -> Iterator[None]:
             attachment.pass_seconds += time.perf_counter() - start
 
 
-def transferred(trainer: Any, host: Any, loader: Iterable[Any]) -> Iterator[Any]:
-    """Batches of a loader as the host's steps get them: through its transfer hooks, in its precision, on its device."""
+def transferred(trainer: Any, host: Any, loader: Iterable[Any]) -> Generator[Any, None, None]:
+    """Batches of a loader as the host's steps get them: through its transfer hooks, in its precision, on its device.
+
+    Hooks that augment while ``trainer.training`` find the Trainer validating.
+    """
     for batch in loader:
-        moved = trainer.precision_plugin.convert_input(batch)
-        moved = host._on_before_batch_transfer(moved, dataloader_idx=0)
-        # the host's own device: after the end of a fit it may no longer be the strategy's
-        yield trainer.strategy.batch_to_device(moved, device=host.device, dataloader_idx=0)
+        stage = trainer.state.stage
+        if trainer.training:
+            trainer.state.stage = RunningStage.VALIDATING
+        try:
+            moved = trainer.precision_plugin.convert_input(batch)
+            moved = host._on_before_batch_transfer(moved, dataloader_idx=0)
+            # the host's own device: after the end of a fit it may no longer be the strategy's
+            moved = trainer.strategy.batch_to_device(moved, device=host.device, dataloader_idx=0)
+        finally:
+            trainer.state.stage = stage
+        yield moved
 
 
 def evaluate(
@@ -61,7 +72,8 @@ def evaluate(
         for batch in transferred(trainer, host, loader):
             with torch.no_grad(), trainer.precision_plugin.forward_context():
                 outputs = network(spec.inputs_of(batch))
-            yield outputs.float() if outputs.is_floating_point() else outputs, spec.targets_of(batch)
+            floating = isinstance(outputs, Tensor) and outputs.is_floating_point()
+            yield outputs.float() if floating else outputs, spec.targets_of(batch)
 
 
 def gradient_sum(
