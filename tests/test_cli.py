@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -406,6 +407,27 @@ def test_as_a_console_script_a_finished_run_is_no_failure(monkeypatch):
     # sys.exit(main()) takes any object for a failure
     monkeypatch.setattr(sys, "argv", ["lightning-trust", "fit", "--config=user.yaml"])
     assert main() is None
+
+
+def test_a_recipe_does_not_repeat_lightnings_remarks_in_every_stage():
+    save("recipe.yaml", {"stages": [{"name": "a", "command": "fit", "args": {"config": "user.yaml"}}]})
+    remarks = []
+    handler = logging.Handler()
+    handler.emit = lambda record: remarks.append(record.getMessage())
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        main(["fit", "--config=user.yaml"])
+        assert any("GPU available" in remark for remark in remarks)
+        remarks.clear()
+        levels = [logger.level for logger in loggers]
+        main(["run", "recipe.yaml"])
+        assert remarks == []
+        assert [logger.level for logger in loggers] == levels
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
 
 
 def test_help_and_methods_import_nothing_heavy():

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import logging
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -213,4 +215,22 @@ def _recipe(args: list[str], console: bool) -> None:
 
     with _in_words(console):
         recipe = Recipe.read(parsed.recipe)
-    recipe.run(main)
+    with _quiet():
+        recipe.run(main)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what Lightning would remark in every stage anew; its warnings stay."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            # Lightning 2.6's own call of torch, which nobody who reads this can change
+            warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

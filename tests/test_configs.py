@@ -1,0 +1,402 @@
+"""Every configuration that ships: small ones run, those of the papers are built, overlays lose nothing of a user's."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+import lightning_trust.callbacks
+import lightning_trust.datamodules
+import lightning_trust.modules
+import lightning_trust.nn
+from lightning_trust.catalog import METHODS
+from lightning_trust.cli import main
+from lightning_trust.cli.training import TrainingCLI
+from lightning_trust.core.records import RunRecord
+from lightning_trust.datamodules import ForgetSplit
+from lightning_trust.report import collect
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
+DEMO = CONFIGS / "unlearning" / "demo.yaml"
+ALL = sorted(CONFIGS.rglob("*.yaml"))
+PAPER = [path for path in ALL if path.name.endswith(".paper.yaml")]
+OVERLAYS = [path for path in ALL if path.name.endswith(".overlay.yaml")]
+SMALL = [path for path in ALL if path not in {*PAPER, *OVERLAYS, DEMO}]
+BASE = CONFIGS / "fashion_mnist.yaml"
+METHOD_OF = {ROOT / getattr(entry, part): entry for entry in METHODS for part in ("config", "overlay_config")}
+TINY = {
+    "data.init_args.root": str(ROOT / "data"),
+    "data.init_args.train_rows": 60,
+    "data.init_args.val_rows": 10,
+    "data.init_args.test_rows": 20,
+    "trainer.accelerator": "cpu",
+    "trainer.max_epochs": 1,
+    "trainer.enable_progress_bar": False,
+}
+FLAGS = [f"--{key}={value}" for key, value in TINY.items()]
+SECTIONS = ["seed_everything", "model", "data", "data_wrapper", "trainer", "optimizer", "lr_scheduler"]
+ROOMS = (lightning_trust.callbacks, lightning_trust.datamodules, lightning_trust.modules, lightning_trust.nn)
+
+
+def name_of(path):
+    return path.relative_to(CONFIGS).as_posix()
+
+
+def read(path):
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def classes(value):
+    """Every mapping with a ``class_path``, at any depth."""
+    if isinstance(value, dict):
+        if "class_path" in value:
+            yield value
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from classes(item)
+
+
+def ours(node):
+    """The class of a node, where it is one of this package's."""
+    for room in ROOMS:
+        if node["class_path"] in room.__all__:
+            return getattr(room, node["class_path"])
+    return None
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The checkpoint of the existing run, trained on a few rows."""
+    folder = tmp_path_factory.mktemp("trained")
+    main(["fit", f"--config={BASE}", *FLAGS, f"--trainer.default_root_dir={folder}"])
+    return folder / "checkpoints" / "last.ckpt"
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, trained):
+    """A working directory in which the existing run has been run."""
+    monkeypatch.chdir(tmp_path)
+    target = Path(read(BASE)["trainer"]["default_root_dir"], "checkpoints", "last.ckpt")
+    target.parent.mkdir(parents=True)
+    shutil.copy(trained, target)
+    return tmp_path
+
+
+# -- small runs --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("path", SMALL, ids=name_of)
+def test_small_configuration_runs(path, place, capsys):
+    cli = main(["fit", f"--config={path}", *FLAGS])
+    assert cli.trainer.global_step == 1
+    folder = Path(read(path)["trainer"]["default_root_dir"])
+    # the unlearned model is there, under the names of the one that came in
+    state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert state.keys() == cli.model.state_dict().keys()
+    if path in METHOD_OF:
+        attached = [type(callback).__name__ for callback in cli.trainer.callbacks]
+        assert METHOD_OF[path].classes[0].rpartition(".")[2] in attached
+    if "data_wrapper" in read(path):
+        record = RunRecord.read(folder)
+        assert record.scenario == "random 10 %"
+        assert record.forget["forget"] == 6
+        assert (record.before is None) == (record.role == "retrain")
+
+
+@pytest.mark.parametrize("path", SMALL, ids=name_of)
+def test_a_second_run_replaces_the_checkpoint(path):
+    (checkpoint,) = [node for node in classes(read(path)) if node["class_path"] == "ModelCheckpoint"]
+    # else Lightning writes last-v1.ckpt, and what reads last.ckpt goes on with the old model
+    assert checkpoint["init_args"] == {"save_top_k": 0, "save_last": True, "enable_version_counter": False}
+
+
+@pytest.mark.parametrize("path", [path for path in SMALL if path != BASE], ids=name_of)
+def test_small_runs_differ_from_the_existing_one_in_what_they_say(path):
+    base, content = read(BASE), read(path)
+    scratch = "Retrain" in path.read_text(encoding="utf-8").splitlines()[0]
+    rates = [each["model"]["init_args"]["optimizer"]["init_args"].pop("lr") for each in (base, content)]
+    assert rates == [0.1, 0.1 if scratch else 0.02]
+    assert content["model"] == base["model"]
+    assert content["data"] == base["data"]
+    assert content["trainer"]["max_epochs"] == (base["trainer"]["max_epochs"] if scratch else 1)
+
+
+# -- every hyperparameter ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("path", [*SMALL, *PAPER], ids=name_of)
+def test_every_argument_is_stated_in_its_order(path):
+    content = read(path)
+    assert list(content) == [section for section in SECTIONS if section in content]
+    found = []
+    for node in classes(content):
+        kind = ours(node)
+        if kind is None:
+            continue
+        found.append(kind.__name__)
+        arguments = [name for name in inspect.signature(kind).parameters if name != "datamodule"]
+        if kind.__name__ == "ImageClassifier" and "optimizer" in content:
+            arguments = [name for name in arguments if name not in ("optimizer", "schedule")]
+        assert list(node["init_args"]) == arguments, kind.__name__
+    assert "ImageClassifier" in found
+    for node in classes(content):
+        if node["class_path"] == "torch.optim.SGD":
+            assert list(node["init_args"]) == ["lr", "momentum", "weight_decay"]
+    if path in SMALL:
+        network = set(inspect.signature(lightning_trust.nn.SmallCNN).parameters) - {"in_channels", "num_classes"}
+        assert content["model"]["init_args"]["network_args"].keys() == network
+
+
+@pytest.mark.parametrize("path", ALL, ids=name_of)
+def test_header_says_what_it_is_and_how_to_run_it(path):
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("# ")
+    assert f"configs/{name_of(path)}" in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+# -- the papers' scale -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("path", PAPER, ids=name_of)
+def test_paper_configuration_is_parsed_and_built(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cli = TrainingCLI(
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        run=False,
+        args=[f"--config={path}", "--trainer.accelerator=cpu"],
+    )
+    data = cli.datamodule.datamodule if isinstance(cli.datamodule, ForgetSplit) else cli.datamodule
+    assert (type(data).__name__, data.batch_size, data.train_rows) == ("CIFAR10", 256, 45000)
+    assert sum(parameter.numel() for parameter in cli.model.parameters()) == 11_173_962
+    if isinstance(cli.datamodule, ForgetSplit):
+        # training rows are augmented, measured rows are not
+        assert data.augment
+        row = torch.rand(3, 32, 32)
+        assert cli.datamodule.eval_transform(row) is row
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_method_has_all_three():
+    for entry in METHODS:
+        for path in (entry.config, entry.paper_config, entry.overlay_config):
+            assert ROOT / path in ALL
+
+
+# -- overlays on a user's own run --------------------------------------------------------------------------------------
+FOREIGN = """
+import lightning.pytorch as pl
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class Theirs(pl.Callback):
+    def __init__(self, value: int = 1):
+        self.value, self.batches = value, 0
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.batches += 1
+
+
+class Model(pl.LightningModule):
+    def __init__(self, width: int = 4, rate: float = 0.5):
+        super().__init__()
+        self.save_hyperparameters()
+        self.encoder = torch.nn.Sequential(torch.nn.Conv2d(1, width, 3), torch.nn.ReLU(), torch.nn.Flatten())
+        self.head = torch.nn.Linear(width * 36, 3)
+
+    def forward(self, x):
+        return self.head(self.encoder(x))
+
+    def training_step(self, batch, batch_idx):
+        inputs, targets = batch
+        loss = torch.nn.functional.cross_entropy(self(inputs), targets)
+        self.log("mine", loss)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.hparams.rate)
+
+
+class Data(pl.LightningDataModule):
+    def __init__(self, rows: int = 30, batch: int = 7):
+        super().__init__()
+        self.rows, self.batch = rows, batch
+
+    def _loader(self, rows, shuffle=False):
+        generator = torch.Generator().manual_seed(0)
+        data = TensorDataset(torch.rand(rows, 1, 8, 8, generator=generator), torch.arange(rows) % 3)
+        return DataLoader(data, batch_size=self.batch, shuffle=shuffle)
+
+    def train_dataloader(self):
+        return self._loader(self.rows, shuffle=True)
+
+    def test_dataloader(self):
+        return self._loader(12)
+"""
+USER = {
+    "seed_everything": 11,
+    "model": {"class_path": "foreign_run.Model", "init_args": {"width": 5, "rate": 0.03}},
+    "data": {"class_path": "foreign_run.Data", "init_args": {"rows": 40, "batch": 9}},
+    "trainer": {
+        "accelerator": "cpu",
+        "max_epochs": 2,
+        "gradient_clip_val": 0.7,
+        "log_every_n_steps": 3,
+        "default_root_dir": "runs/theirs",
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "logs", "name": "theirs"}},
+        "callbacks": [
+            {"class_path": "foreign_run.Theirs", "init_args": {"value": 4}},
+            {"class_path": "ModelCheckpoint", "init_args": {"dirpath": "kept", "filename": "{epoch}"}},
+            {"class_path": "LearningRateMonitor"},
+        ],
+    },
+}
+
+
+@pytest.fixture
+def user(tmp_path, monkeypatch):
+    """A user's project, with a checkpoint of theirs where the overlays look for one as they come."""
+    (tmp_path / "foreign_run.py").write_text(FOREIGN)
+    (tmp_path / "user.yaml").write_text(yaml.safe_dump(USER, sort_keys=False))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "foreign_run", raising=False)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(5)
+    state = importlib.import_module("foreign_run").Model(width=5).state_dict()
+    (tmp_path / "runs" / "trained").mkdir(parents=True)
+    torch.save({"state_dict": state}, tmp_path / "runs" / "trained" / "last.ckpt")
+    yield state
+    sys.modules.pop("foreign_run", None)
+
+
+@pytest.mark.parametrize("path", OVERLAYS, ids=name_of)
+def test_overlay_keeps_all_of_a_users_own(path, user, capsys):
+    alone = main(["fit", "--config=user.yaml"])
+    cli = main(["fit", "--config=user.yaml", f"--config={path}"])
+
+    # every value of theirs, whether they wrote it or it is a default, is what it was
+    before, after = (each.config.fit.as_dict() for each in (alone, cli))
+    wrapper, callbacks = after.pop("data_wrapper"), after["trainer"].pop("callbacks")
+    before.pop("data_wrapper")
+    before.pop("config"), after.pop("config")  # the names of the files
+    theirs = before["trainer"].pop("callbacks")
+    assert after == before
+    assert callbacks[: len(theirs)] == theirs
+
+    # and so it is in the objects that ran
+    attached = {type(callback).__name__: callback for callback in cli.trainer.callbacks}
+    assert attached["Theirs"].value == 4
+    assert attached["ModelCheckpoint"].dirpath == str(Path("kept").resolve())
+    assert "LearningRateMonitor" in attached
+    assert type(cli.trainer.logger).__name__ == "CSVLogger"
+    assert cli.trainer.gradient_clip_val == 0.7
+    assert cli.trainer.optimizers[0].defaults["lr"] == 0.03
+    assert cli.trainer.current_epoch == 2
+    split = cli.trainer.datamodule
+    data = split.datamodule if wrapper else split
+    assert (type(data).__name__, data.rows, data.batch) == ("Data", 40, 9)
+    assert cli.trainer.train_dataloader.batch_size in (9, None)
+    assert attached["Theirs"].batches == cli.trainer.global_step > 0
+
+    # the method is at work
+    if path in METHOD_OF:
+        assert METHOD_OF[path].classes[0].rpartition(".")[2] in attached
+    if wrapper:
+        assert isinstance(split, ForgetSplit)
+        assert len(split.forget_rows) == 4
+        assert len(next(iter(split.train_dataloader()))[0]) == 9
+        record = RunRecord.read("runs/theirs")
+        assert record.role == ("method" if path in METHOD_OF else "retrain")
+        assert record.forget["retain"] == 36
+    else:
+        zeros = torch.cat(
+            [(parameter == 0).flatten() for parameter in (cli.model.head.weight, cli.model.encoder[0].weight)]
+        )
+        assert zeros.float().mean().item() == pytest.approx(0.8, abs=0.01)
+
+
+@pytest.mark.parametrize("path", OVERLAYS, ids=name_of)
+def test_overlay_starts_from_the_users_checkpoint(path, user, capsys):
+    cli = main(["fit", "--config=user.yaml", f"--config={path}", "--trainer.max_epochs=1", "--model.rate=0.0"])
+    weight = cli.model.head.weight
+    loaded = torch.equal(weight, user["head.weight"])
+    kept = weight != 0
+    # without a learning rate the weights are those of the checkpoint, and of a new network in Retrain
+    assert loaded == (path in METHOD_OF and "pruning" not in path.parts)
+    if "pruning" in path.parts:
+        assert torch.equal(weight[kept], user["head.weight"][kept])
+
+
+@pytest.mark.parametrize("path", OVERLAYS, ids=name_of)
+def test_overlay_before_the_users_file_is_refused(path, user):
+    ours_first = ["fit", f"--config={path}", "--config=user.yaml"]
+    with pytest.raises(
+        MisconfigurationException, match=r"^user\.yaml gives `trainer.callbacks` as a plain list"
+    ) as error:
+        main(ours_first)
+    assert path.name in str(error.value)
+    assert "Put user.yaml first" in str(error.value)
+
+
+# -- the main job ------------------------------------------------------------------------------------------------------
+def test_demo_runs_whole_and_then_skips(place, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "150")
+    recipe = read(DEMO)
+    for stage in recipe["stages"]:
+        if stage["command"] == "fit":
+            stage["args"].update(TINY)
+    Path("demo.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    Path("configs").symlink_to(CONFIGS)
+    main(["run", "demo.yaml"])
+    text = capsys.readouterr().out
+    assert f"{len(recipe['stages'])} of {len(recipe['stages'])} stages ran" in text
+
+    collection = collect(["runs/demo"])
+    assert [scenario.name for scenario in collection.scenarios] == ["class 0", "random 10 %"]
+    for scenario in collection.scenarios:
+        assert sorted(row.label for row in scenario.rows()) == [
+            "FineTune",
+            "L1Sparse",
+            "OneShotPruning + SalUn",
+            "Original",
+            "RandomLabel",
+            "Retrain, seed 1",
+            "Retrain, seed 2",
+            "SalUn",
+        ]
+        assert scenario.reference.seed == 1
+        assert scenario.spread is not None
+        assert {record.forget["hash"] for record in scenario.records} == {scenario.forget["hash"]}
+        # all methods start from the one trained model
+        assert sum(row.kind == "original" for row in scenario.rows()) == 1
+    page = Path("runs/demo/report.html").read_text(encoding="utf-8")
+    assert "<h1>Unlearning report</h1>" in page
+    assert "not measured" not in page
+
+    main(["run", "demo.yaml"])
+    assert f"0 of {len(recipe['stages'])} stages ran" in capsys.readouterr().out
+
+
+def test_demo_says_only_what_differs():
+    """The methods are the shipped small runs, so that a change of one is a change of the demo."""
+    stages = {stage["name"]: stage for stage in read(DEMO)["stages"]}
+    assert stages["train"]["args"]["config"] == "configs/fashion_mnist.yaml"
+    assert read(BASE)["trainer"]["default_root_dir"] == "runs/demo/train"
+    for scenario in ("random10", "class0"):
+        first, again = (stages[f"{scenario}_retrain{end}"]["args"] for end in ("", "_again"))
+        changed = {key: value for key, value in again.items() if first.get(key) != value}
+        assert changed == {"seed_everything": 2, "data_wrapper.init_args.seed": 2}
+        for method in ("fine_tune", "random_label", "l1_sparse", "salun", "pruned_salun"):
+            stage = stages[f"{scenario}_{method}"]
+            assert stage["needs"] == ["train"]
+            assert stage["args"]["config"] == f"configs/unlearning/{method}.yaml"
+            assert stage["args"].keys() <= {"config", "trainer.default_root_dir", "data_wrapper.init_args.forget"}
