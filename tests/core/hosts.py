@@ -42,7 +42,7 @@ class Host(pl.LightningModule):
         self.log("loss", loss, on_step=True, on_epoch=True)
         return loss
 
-    def validation_step(self, batch, batch_idx):
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
         self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
 
     def test_step(self, batch, batch_idx):
