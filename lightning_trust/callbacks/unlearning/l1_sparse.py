@@ -73,8 +73,9 @@ class L1Sparse(Unlearner):
         if self.schedule != "constant" or self.no_l1_epochs:
             if epochs is None or epochs < 0:
                 raise MisconfigurationException(
-                    f"L1Sparse(schedule={self.schedule!r}) changes with the epochs, but the Trainer has max_epochs="
-                    f"{epochs}. Set `max_epochs`, or take schedule='constant'."
+                    f"L1Sparse(schedule={self.schedule!r}, no_l1_epochs={self.no_l1_epochs}) changes with the epochs,"
+                    f" but the Trainer has max_epochs={epochs}. Set `max_epochs`, or take schedule='constant' without"
+                    " `no_l1_epochs`."
                 )
             if self.no_l1_epochs > epochs:
                 raise ValueError(

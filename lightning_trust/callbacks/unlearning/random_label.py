@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_trust.callbacks.unlearning.unlearner import Unlearner, check_logits, find_split, first_of
 from lightning_trust.core.batch import BatchSpec
 from lightning_trust.core.passes import evaluate, transferred
-from lightning_trust.core.randomness import keyed_bits
+from lightning_trust.core.randomness import RandomStreams, keyed_bits, untouched_random_state
 from lightning_trust.core.step import Claim, StepContext, StepTransform
 from lightning_trust.datamodules.unlearning.forget_split import Feed
 from lightning_trust.functional.unlearning.random_label import random_labels
@@ -112,7 +112,8 @@ class RandomLabel(Unlearner, StepTransform):
             classes = outputs.shape[1]
         else:
             classes = self.num_classes
-            targets = self.batch_spec.targets_of(first_of(transferred(trainer, host, loader)))
+            with untouched_random_state():
+                targets = self.batch_spec.targets_of(first_of(transferred(trainer, host, loader)))
         if targets.ndim != 1 or targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
             raise ValueError(
                 f"Expected the targets of a batch to be integer class labels of shape (N,), because {owner} draws"
@@ -133,7 +134,9 @@ class RandomLabel(Unlearner, StepTransform):
         if not bool(rows.any()):
             return batch
         targets = self.batch_spec.targets_of(batch)
-        seed = self.random.sample_seed("labels", ctx.trainer.current_epoch)
+        # a run has one unlearning method: those that draw labels draw the same, with a mask or without
+        streams = RandomStreams(self.random.seed, RandomLabel.__qualname__)
+        seed = streams.sample_seed("labels", ctx.trainer.current_epoch)
         draws = keyed_bits(seed, split.indices(ctx.batch_idx)).to(targets.device)
         labels = random_labels(targets, draws, self._classes, self.exclude_true_label)
         return self.batch_spec.replace(batch, targets=torch.where(rows.to(targets.device), labels, targets))
