@@ -272,6 +272,7 @@ class Attachment:
         """Hook the constraints to the run's optimizers, also to those that were made anew since."""
         if self._constraints:
             check_optimizers(self.trainer.optimizers, [callback for _, callback, _ in self._constraints])
+        check_unscaling(self.trainer, [callback for phase, callback, _ in self._edits if phase < GradientPhase.PROJECT])
         current = {id(optimizer): optimizer for optimizer in self.trainer.optimizers}
         for key in [key for key, (optimizer, _) in self._hooked.items() if current.get(key) is not optimizer]:
             self._hooked.pop(key)[1].remove()
@@ -508,6 +509,17 @@ def check_optimizers(optimizers: list[Optimizer], callbacks: list[HostCallback])
                 f"{names(callbacks)} constrains weights after each optimizer step, but LBFGS moves them several times"
                 " within one. Use another optimizer, such as SGD or AdamW."
             )
+
+
+def check_unscaling(trainer: Any, callbacks: list[HostCallback]) -> None:
+    """Refuse to edit gradients that are not yet unscaled; setting some to zero is all the same to them."""
+    if not callbacks or getattr(trainer.precision_plugin, "scaler", None) is None:
+        return
+    if any(getattr(optimizer, "_step_supports_amp_scaling", False) for optimizer in trainer.optimizers):
+        raise MisconfigurationException(
+            f"{names(callbacks)} edits gradients, but a fused optimizer under precision '16-mixed' unscales them within"
+            " its step. Pass `fused=False` to the optimizer, or use precision='bf16-mixed'."
+        )
 
 
 class HostCallback(Callback):
