@@ -259,7 +259,6 @@ class Attachment:
         """Run ``apply(optimizer)`` after every optimizer step that was taken, in order of phase."""
         self._constraints.append((phase, callback, apply))
         self._constraints.sort(key=lambda entry: entry[0])
-        check_optimizers([optimizer for optimizer, _ in self._hooked.values()], [callback])
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Edit the gradients that an optimizer is about to use."""

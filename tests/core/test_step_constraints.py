@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -392,8 +393,11 @@ def test_beside_weight_averaging(tmp_path, first):
     assert "_lightning_trust" not in host.__dict__
 
 
-class Shared(DataLoader[Any]):
-    """A plain loader: Lightning deals it to the ranks."""
+class SeedsDiffer(Callback):
+    """Ranks that were seeded by their number, against Lightning's advice."""
+
+    def setup(self, trainer, pl_module, stage):
+        os.environ["PL_GLOBAL_SEED"] = str(trainer.global_rank)
 
 
 def test_two_ranks_hold_the_same_masks(tmp_path):
@@ -406,7 +410,7 @@ def test_two_ranks_hold_the_same_masks(tmp_path):
         return host.state_dict(), masks, watch.found, watch.forwards
 
     first, second = fit_on_two_ranks(
-        tmp_path, Host(), Shared(rows(), batch_size=3), [zero, hold, watch], result, max_epochs=2
+        tmp_path, Host(), DataLoader(rows(), batch_size=3), [SeedsDiffer(), zero, hold, watch], result, max_epochs=2
     )
     for one, two in zip(first[:2], second[:2], strict=True):
         assert_equal_states(one, two)
@@ -421,7 +425,7 @@ def test_two_ranks_with_accumulation_and_clipping(tmp_path):
     results = fit_on_two_ranks(
         tmp_path,
         Host(nn.Sequential(nn.Linear(FEATURES, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, CLASSES))),
-        Shared(rows(), batch_size=3),
+        DataLoader(rows(), batch_size=3),
         [hold, zero, watch],
         lambda *_: (watch.look(), watch.found, watch.moved)[1:],
         **settings,
