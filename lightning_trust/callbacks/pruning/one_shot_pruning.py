@@ -200,15 +200,12 @@ class OneShotPruning(HostCallback):
             self.mask = self._zeroing = None
         super().setup(trainer, pl_module, stage)
 
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the sparsity where it has changed."""
-        super().on_train_epoch_start(trainer, pl_module)
+        # not at the start, which a run that is resumed within an epoch does not come to
         if self.mask is not None and not self._logged:
             pl_module.log("trust/sparsity", self.mask.sparsity, on_step=False, on_epoch=True, rank_zero_only=True)
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Loggers get the value at the end of the epoch; a run that is killed before logs it when it is resumed."""
-        self._logged = True
+            self._logged = True
 
     def state(self) -> dict[str, Any]:
         """The mask, and whether its sparsity has been logged."""
