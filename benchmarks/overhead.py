@@ -85,8 +85,11 @@ def mask_enforcement(rounds: int) -> list[dict[str, object]]:
 class NoTransform(StepTransform):
     """Changes nothing: what remains is the chain."""
 
+    calls = 0
+
     def prepare(self, host, batch, ctx):
         """The batch as it is."""
+        self.calls += 1
         return batch
 
     def loss(self, host, step, batch, ctx):
@@ -136,8 +139,10 @@ def chain(rounds: int) -> list[dict[str, object]]:
 
     data = DataLoader(TensorDataset(torch.zeros(2, 1)), batch_size=1)
     host = NoWork()
-    trainer = quiet_trainer(max_steps=1, callbacks=[NoTransform(), Time()])
-    trainer.fit(host, data)
+    transform = NoTransform()
+    quiet_trainer(max_steps=1, callbacks=[transform, Time()]).fit(host, data)
+    if transform.calls != 200 * (rounds + 2) + 1:
+        raise RuntimeError(f"Expected the chain to be timed with its transform, but that ran {transform.calls} times.")
     micros = (found["chain"] - found["plain"]) / 200 * 1e6
     return [row("chain and one transform, microseconds a step", micros, 50.0, found)]
 
