@@ -1,0 +1,225 @@
+"""Fill the generated parts of README.md and docs/: tables from the catalog, docstrings, results and configurations.
+
+    python -m docs.generate
+
+A generated part stands between ``<!-- generated: WHAT -->`` and ``<!-- end -->``, where WHAT is one of: ``methods``;
+``demo``; ``results``; ``result METHOD``; ``arguments CLASS``; ``papers METHOD``; ``file PATH``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning_trust.callbacks
+import lightning_trust.datamodules
+from benchmarks.results import Result
+from lightning_trust.catalog import METHODS, method
+from lightning_trust.core.records import METRICS
+from lightning_trust.report.table import percent, seconds
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+NOT_YET = "Not measured yet."
+NOTE = (
+    "UA, RA, TA and MIA in percent: unlearning accuracy (share of the forgotten rows that the model gets wrong),"
+    " accuracy on the rows that are kept, test accuracy, and the share of the forgotten rows that a membership attack"
+    " takes for rows never seen. Closer to Retrain is better: a larger UA or MIA is not. Gap: mean of the four absolute"
+    " differences to Retrain, in points. Time: optimizer steps and the passes that prepare them."
+)
+_BLOCK = re.compile(r"(<!-- generated: ([^\n]*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def pages() -> list[Path]:
+    """README and every page of docs/."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def filled(text: str, page: Path) -> str:
+    """The text of a page with its generated parts made anew.
+
+    Args:
+        text: The text.
+        page: Where it stands, for relative links.
+
+    Raises:
+        ValueError: If a part has an unknown name.
+
+    """
+
+    def one(match: re.Match[str]) -> str:
+        return f"{match[1]}{_part(match[2], page).strip()}\n{match[4]}"
+
+    return _BLOCK.sub(one, text)
+
+
+def _part(what: str, page: Path) -> str:
+    name, _, argument = what.partition(" ")
+    parts: dict[str, Callable[[], str]] = {
+        "methods": lambda: _methods(page),
+        "demo": lambda: _result(RESULTS / "unlearning" / "demo.json"),
+        "results": lambda: _results(page),
+        "result": lambda: _result(ROOT / method(argument).results),
+        "arguments": lambda: _arguments(argument),
+        "papers": lambda: "\n".join(f"- *{paper.title}.* {paper.venue}." for paper in method(argument).papers),
+        "file": lambda: f"```yaml\n{(ROOT / argument).read_text(encoding='utf-8').rstrip()}\n```",
+    }
+    if name not in parts:
+        raise ValueError(f"Expected a generated part to be one of {list(parts)}, but got {what!r} in {page}.")
+    return parts[name]()
+
+
+def _table(head: list[str], rows: list[list[str]], numbers: int = 0) -> str:
+    """A Markdown table; the last ``numbers`` columns are aligned to the right."""
+    rule = ["---"] * (len(head) - numbers) + ["---:"] * numbers
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [head, rule, *rows]]
+    return "\n".join(lines)
+
+
+def _link(words: str, target: str, page: Path) -> str:
+    return f"[{words}]({os.path.relpath(ROOT / target, page.parent)})"
+
+
+def _methods(page: Path) -> str:
+    rows = [
+        [
+            _link(entry.name, entry.docs, page),
+            entry.family,
+            entry.title,
+            ", ".join(f"`{path.rpartition('.')[2]}`" for path in entry.classes),
+            "; ".join(paper.venue for paper in entry.papers),
+        ]
+        for entry in METHODS
+    ]
+    return _table(["Method", "Family", "What it does", "Classes", "Papers"], rows)
+
+
+# -- what was measured -------------------------------------------------------------------------------------------------
+def _result(path: Path) -> str:
+    if not path.is_file():
+        return NOT_YET
+    result = Result.read(path)
+    summary = result.summary()
+    text = []
+    for scenario in dict.fromkeys(line["scenario"] for line in summary):
+        lines = [line for line in summary if line["scenario"] == scenario]
+        sparse = any(line["sparsity"] is not None for line in lines)
+        head = ["Run", *METRICS, "Gap", "Time", "Share of Retrain's", *(["Zeros"] if sparse else [])]
+        rows = [
+            [
+                line["run"],
+                *(_number(line[name], 1) for name in METRICS),
+                "reference" if line["run"] == "Retrain" else _gap(line),
+                "" if line["seconds_mean"] is None else seconds(line["seconds_mean"]),
+                "" if line["share_of_retrain_mean"] is None else percent(line["share_of_retrain_mean"]),
+                *(["" if line["sparsity"] is None else percent(line["sparsity"])] if sparse else []),
+            ]
+            for line in lines
+        ]
+        text += [f"**Forget {scenario}**", "", _table(head, rows, len(head) - 1), ""]
+    return "\n".join([*text, f"{_where(result)} {NOTE}"])
+
+
+def _results(page: Path) -> str:
+    rows = []
+    for entry in METHODS:
+        words = _link(entry.name, entry.docs, page)
+        path = ROOT / entry.results
+        if not path.is_file():
+            rows.append([words, "", "", NOT_YET.lower().rstrip("."), "", ""])
+            continue
+        summary = Result.read(path).summary()
+        name = entry.classes[0].rpartition(".")[2]
+        for scenario in dict.fromkeys(line["scenario"] for line in summary):
+            lines = [line for line in summary if line["scenario"] == scenario]
+            own = next((line for line in lines if line["run"] == name), None) or next(
+                line for line in lines if name in line["run"]
+            )
+            spread = next((line for line in lines if line["run"].startswith("Retrain (")), None)
+            rows.append(
+                [
+                    words,
+                    own["run"],
+                    scenario,
+                    _gap(own),
+                    "not measured" if spread is None else _number(spread["gap_mean"], 2),
+                    "" if own["share_of_retrain_mean"] is None else percent(own["share_of_retrain_mean"]),
+                ]
+            )
+            words = ""
+    head = [
+        "Method",
+        "Run",
+        "Forget",
+        "Gap to Retrain, points (each seed)",
+        "Another Retrain",
+        "Share of Retrain's time",
+    ]
+    results = [Result.read(ROOT / entry.results) for entry in METHODS if (ROOT / entry.results).is_file()]
+    where = "\n".join(dict.fromkeys(_where(result) for result in results))
+    return f"{_table(head, rows, 3)}\n\n{where}"
+
+
+def _gap(line: dict[str, Any]) -> str:
+    if line["gap_mean"] is None:
+        return "not measured"
+    text = _number(line["gap_mean"], 2)
+    each = line["gap_per_seed"]
+    return f"{text} ({', '.join(_number(gap, 2) for gap in each)})" if len(each) > 1 else text
+
+
+def _number(value: float | None, places: int) -> str:
+    return "" if value is None else f"{value:.{places}f}"
+
+
+def _where(result: Result) -> str:
+    seeds = "seed" if len(result.seeds) == 1 else "means over seeds"
+    device = result.hardware.get("accelerator") or f"{result.hardware['cpu']}, {result.hardware['cores']} cores"
+    versions = ", ".join(
+        f"{name} {result.versions[name]}" for name in ("torch", "lightning") if name in result.versions
+    )
+    numbers = ", ".join(map(str, result.seeds))
+    return f"{result.experiment}; {seeds} {numbers}; {device}; {versions}; {result.created[:10]}."
+
+
+# -- what a class takes ------------------------------------------------------------------------------------------------
+def _arguments(name: str) -> str:
+    room = next(room for room in (lightning_trust.callbacks, lightning_trust.datamodules) if name in room.__all__)
+    kind = getattr(room, name)
+    words = _described(inspect.getdoc(kind) or "")
+    rows = []
+    for parameter in inspect.signature(kind).parameters.values():
+        default = "required" if parameter.default is parameter.empty else f"`{parameter.default!r}`"
+        rows.append([f"`{parameter.name}`", default, words[parameter.name]])
+    return _table(["Argument", "Default", "What it is"], rows)
+
+
+def _described(docstring: str) -> dict[str, str]:
+    """Argument -> its words in a Google-style docstring, in Markdown."""
+    section = re.search(r"^Args:\n((?:    .*\n|\n)*)", docstring + "\n", re.MULTILINE)
+    entries = re.findall(r"^    (\w+): (.*(?:\n {8,}.*)*)", section[1] if section else "", re.MULTILINE)
+    return {name: _markdown(" ".join(text.split())) for name, text in entries}
+
+
+def _markdown(text: str) -> str:
+    text = re.sub(r":math:`([^`]*)`", r"$\1$", text)
+    text = re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"`\1`", text)
+    return text.replace("``", "`")
+
+
+def main() -> None:
+    """Rewrite the pages whose generated parts have changed."""
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        new = filled(text, page)
+        if new != text:
+            page.write_text(new, encoding="utf-8")
+            print(f"updated {page.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
