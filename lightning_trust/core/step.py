@@ -163,7 +163,6 @@ class Attachment:
             if not attachment.callbacks:
                 # a copy of a host in mid-run brings an attachment without callbacks
                 attachment.close()
-                host.__dict__.pop(ATTACHMENT, None)
                 attachment = None
         if attachment is None:
             attachment = Attachment(trainer, host)

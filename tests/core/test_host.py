@@ -189,6 +189,10 @@ def test_a_patch_of_the_user_is_called_and_put_back():
     Attachment.on(twin).close()
     assert twin.training_step(5) == ["patch of", twin, 5]
     assert twin.__dict__["training_step"].__self__ is twin
+    user = attachment.methods["training_step"].instance
+    attachment.close()
+    assert host.__dict__["training_step"] is user
+    assert user.__self__ is host
 
 
 def test_a_copy_runs_itself_and_is_plain():

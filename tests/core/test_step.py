@@ -179,6 +179,18 @@ def test_the_kept_micro_batch_is_there_for_every_callback_of_ours(tmp_path):
     assert kept == [(0, 0), (1, 1)]
 
 
+def test_a_callback_that_leaves_in_mid_run_takes_its_links_along(tmp_path):
+    class Leaver(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 1:
+                Attachment.on(pl_module).leave(first)
+
+    host, first, second = Host(), Relabel(1), Record([], "b", 1)
+    trainer(tmp_path, first, second, Leaver()).fit(host, loader())
+    assert [found.tolist() for found in host.seen] == [labels(batch, shift) for batch, shift in enumerate((2, 2, 1, 1))]
+    assert ATTACHMENT not in host.__dict__
+
+
 # -- results -----------------------------------------------------------------------------------------------------------
 class Outputs(Callback):
     """Keeps what Lightning hands on."""
