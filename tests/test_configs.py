@@ -123,10 +123,11 @@ def test_small_runs_differ_from_the_existing_one_in_what_they_say(path):
     base, content = read(BASE), read(path)
     scratch = "Retrain" in path.read_text(encoding="utf-8").splitlines()[0]
     rates = [each["model"]["init_args"]["optimizer"]["init_args"].pop("lr") for each in (base, content)]
-    assert rates == [0.1, 0.1 if scratch else 0.02]
+    assert rates[1] == rates[0] if scratch else rates[1] <= rates[0] / 2
     assert content["model"] == base["model"]
     assert content["data"] == base["data"]
-    assert content["trainer"]["max_epochs"] == (base["trainer"]["max_epochs"] if scratch else 1)
+    epochs = [each["trainer"]["max_epochs"] for each in (base, content)]
+    assert epochs[1] == epochs[0] if scratch else epochs[1] <= epochs[0] / 5
 
 
 # -- every hyperparameter ----------------------------------------------------------------------------------------------
