@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 
 from lightning_trust.core.distributed import from_all_ranks, rank, world_size
-from lightning_trust.core.randomness import random_state, set_random_state, untouched_random_state
+from lightning_trust.core.randomness import random_state, set_random_state
 
 
 class ExactResume(Callback):
@@ -43,6 +43,7 @@ class ExactResume(Callback):
     def __init__(self) -> None:
         self.served = 0
         self._iterator_state: dict[str, Any] | None = None
+        self._training_state: dict[str, Any] | None = None
         self._saved: dict[str, Any] | None = None
         self._failing = False
         self._undo = ExitStack()
@@ -58,7 +59,7 @@ class ExactResume(Callback):
     # -- saving --------------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
         """Random states of all ranks and the number of batches served in the epoch."""
-        own = {"iterator": self._iterator_state, "now": random_state()}
+        own = {"iterator": self._iterator_state, "now": self._training_state or random_state()}
         # other ranks may never come to a collective while an exception is handled
         ranks = [own] if self._failing else from_all_ranks(own)
         return {"served": self.served, "ranks": ranks}
@@ -150,9 +151,18 @@ class ExactResume(Callback):
             if trainer.current_epoch > 0:
                 self._iterator_state = {"epoch": trainer.current_epoch, "random": random_state()}
         elif self._between_epochs(trainer):
-            self.served = 0
+            if loop.batch_progress.current.ready >= trainer.num_training_batches:
+                # saved in the validation after the last batch: this pass ends the epoch, the data are for the next one
+                self.served, self._iterator_state = self._saved["served"], saved["iterator"]
+                return original(data_fetcher)
+            self._saved, self.served = None, 0
             self._iterator_state = {"epoch": trainer.current_epoch, "random": random_state()}
-            iter(data_fetcher)
+            made = trainer.fit_loop._combined_loader._iterator
+            original(data_fetcher)
+            if trainer.fit_loop._combined_loader._iterator is made:
+                # Lightning goes on with the iterator from before the checkpoint was restored
+                iter(data_fetcher)
+            return None
         else:
             self.served = self._saved["served"]
             self._iterator_state = saved["iterator"]
@@ -166,6 +176,11 @@ class ExactResume(Callback):
         return original(data_fetcher)
 
     def _validate(self, loop: Any, original: Callable[[], Any]) -> Any:
-        # a resumed run may skip a validation that the first one had done, so it must not move what training draws
-        with untouched_random_state():
+        # a resumed run may skip a validation that the first one had done, so it must not move what training draws;
+        # a checkpoint that is saved meanwhile keeps what training goes on with
+        self._training_state = random_state()
+        try:
             return original()
+        finally:
+            set_random_state(self._training_state)
+            self._training_state = None

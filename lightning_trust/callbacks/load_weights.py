@@ -99,6 +99,13 @@ def _read(path: Path) -> dict[str, Any]:
     except Exception as error:
         raise ValueError(f"Expected {path} to be a checkpoint that loads as weights only, but got: {error}") from error
     state = content.get("state_dict", content) if isinstance(content, dict) else content
-    if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"Expected {path} to hold a state dict of tensors, but got {type(state).__name__}.")
+    if not isinstance(state, dict) or not state:
+        found = "an empty dict" if isinstance(state, dict) else f"a {type(state).__name__}"
+        raise ValueError(f"Expected {path} to hold a state dict of tensors, but got {found}.")
+    others = [str(name) for name, value in state.items() if not isinstance(value, torch.Tensor)]
+    if others:
+        raise ValueError(
+            f"Expected {path} to hold a state dict of tensors, but got a dict with entries that are no tensors:"
+            f" {', '.join(others[:4])}{', ...' if len(others) > 4 else ''}."
+        )
     return state

@@ -124,6 +124,13 @@ class UnlearningReport(HostCallback):
         parts = {part: self._rows(trainer, host, network, split, part) for part in _PARTS}
         accuracy = {part: 100.0 * float(correct.float().mean()) for part, (correct, _, _) in parts.items()}
         features = {part: rows for part, (_, rows, _) in parts.items()}
+        for part, rows in features.items():
+            # on every rank, for those that wait for the first one would wait for ever
+            if not torch.isfinite(rows).all():
+                raise ValueError(
+                    f"Expected the outputs of the network to be finite, because {type(self).__name__} measures them,"
+                    f" but got NaN or infinite values on {part} rows. Has the model diverged?"
+                )
         # one rank fits the attack, so that all have the same figure
         efficacy, used = from_first_rank(
             membership_inference(**features, max_rows=self.max_rows, seed=self.attack_seed)

@@ -409,8 +409,8 @@ def test_patterns_that_match_nothing_list_close_names():
     with pytest.raises(
         ValueError,
         match=(
-            r"^Expected argument `include` to match parameters of ConvNet, but got 'net\.1\.weigth', which matches none\."
-            r" Close names: 'net\.1\.weight', "
+            r"^Expected argument `include` to match parameters of ConvNet, but got 'net\.1\.weigth', which matches"
+            r" none\. Close names: 'net\.1\.weight', "
         ),
     ):
         fitted(OneShotPruning(0.5, include=["net.1.weigth"]), host=ConvNet())

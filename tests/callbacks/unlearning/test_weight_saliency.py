@@ -1,4 +1,5 @@
 import errno
+import itertools
 import os
 from typing import ClassVar
 
@@ -6,6 +7,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from torch import nn
@@ -153,7 +155,7 @@ def test_masks_are_nested_in_the_ratio(random):
     for ratio in (0.1, 0.4, 0.7):
         fitted(callback := WeightSaliency(ratio, random=random, seed=1), max_epochs=0)
         masks.append(callback.mask)
-    for small, large in zip(masks, masks[1:], strict=False):
+    for small, large in itertools.pairwise(masks):
         assert all(bool((large[name] | ~small[name]).all()) for name in small)
         assert small.kept < large.kept
 
@@ -308,6 +310,15 @@ def test_a_mask_file_gives_the_same_run(tmp_path):
     assert all(torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items())
 
 
+def test_a_loss_by_its_import_path_in_yaml():
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--callback", type=Callback)
+    config = "callback: {class_path: WeightSaliency, init_args: {loss: torch.nn.functional.multi_margin_loss}}"
+    callback = parser.instantiate(parser.parse_string(config)).callback
+    assert callback.saliency_loss is F.multi_margin_loss
+    fitted(callback, FineTune(), max_epochs=1)
+
+
 def test_no_mask_to_save(tmp_path):
     with pytest.raises(RuntimeError, match=r"^Expected a run to have made a mask before it is saved, but none has\.$"):
         WeightSaliency().save_mask(str(tmp_path / "mask"))
@@ -370,16 +381,17 @@ def test_mask_that_leaves_parameters_out(tmp_path):
     )
 
 
-def test_full_disk_leaves_the_old_mask_and_nothing_else(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_full_disk_or_a_kill_leaves_the_old_mask_and_nothing_else(tmp_path, monkeypatch, error):
     fitted(callback := WeightSaliency(0.4), max_epochs=0)
     path = half(Host()).save(tmp_path / "mask")
     old = path.read_bytes()
 
     def full(_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(type(error)):
         callback.save_mask(str(path))
     assert path.read_bytes() == old
     assert list(tmp_path.iterdir()) == [path]
