@@ -6,6 +6,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lightning_trust.callbacks import ExactResume, LoadWeights, OneShotPruning
+from lightning_trust.core.step import BuildPhase, HostCallback
 from tests.conformance import CallbackConformance, Data, Host, Kill
 from tests.two_ranks import QUIET, fit_on_two_ranks
 
@@ -123,6 +124,23 @@ def test_it_comes_before_passes_that_read_weights(tmp_path):
     trainer.fit(Host(), datamodule=Data())
     weight = trained().net[0].weight.detach().abs()
     assert weight[pruning.mask["net.0.weight"]].min() >= weight[~pruning.mask["net.0.weight"]].max()
+
+
+class Wraps(HostCallback):
+    """Puts the network into another one, which gives its weights other names."""
+
+    def attach(self, trainer, host, attachment):
+        attachment.when_built(self, host, BuildPhase.WRAP, self._wrap)
+
+    def _wrap(self, host):
+        host.net = nn.Sequential(host.net)
+
+
+def test_it_comes_before_callbacks_that_wrap_the_network(tmp_path):
+    path, start = saved(tmp_path, "lightning"), Start()
+    trainer = pl.Trainer(**{**QUIET, "max_epochs": 1, "callbacks": [Wraps(), LoadWeights(str(path)), start]})
+    trainer.fit(Host(), datamodule=Data())
+    assert_trained({name.replace("net.0.", "net.", 1): value for name, value in start.weights.items()})
 
 
 def test_a_checkpoint_that_the_run_is_resumed_from_wins(tmp_path):
