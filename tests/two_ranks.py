@@ -48,7 +48,10 @@ def _rank(rank: int, folder: Path, function: Callable[..., Any], args: tuple[Any
     torch.manual_seed(rank)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
     try:
+        # a rank that is done before the other has met it would look like one that crashed
+        dist.barrier()
         torch.save(function(rank, *args), folder / f"result{rank}.pt")
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 

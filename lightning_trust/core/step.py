@@ -658,6 +658,9 @@ class HostCallback(Callback):
 class StepTransform(HostCallback):
     """Base of callbacks that change the batch or the loss of a step.
 
+    What it logs from within a step goes through ``host.log``, which is muted when a step is evaluated again; its own
+    ``self.log`` is not.
+
     Args:
         batch_spec: Where inputs and targets sit in a batch.
         network: Name of the host's network; found by itself if None.
