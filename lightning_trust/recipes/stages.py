@@ -206,7 +206,7 @@ class Recipe:
         return cls(made, Path(folder))
 
     def run(self, main: Callable[[list[str]], object], console: Console | None = None) -> list[str]:
-        """Run the stages that are not finished.
+        """Run the stages that are not finished, and every report.
 
         Args:
             main: The command line, called in this process with the arguments of a stage.
@@ -237,7 +237,8 @@ class Recipe:
             wanted = {"hash": stage.fingerprint(), "needs": {need: finished[need] for need in needs}}
             record = _recorded(record_file)
             heading = f"[{place}/{len(self.stages)}] {stage.name}"
-            if record is not None and {key: record.get(key) for key in wanted} == wanted:
+            # a report takes a second, and who runs a recipe again wants to see it
+            if record is not None and stage.command != "report" and {key: record.get(key) for key in wanted} == wanted:
                 finished[stage.name] = str(record["run"])
                 when = str(record["created"])[:16].replace("T", " ")
                 console.print(Text(f"{heading}: finished {when} UTC, unchanged, skipped", style="dim"))

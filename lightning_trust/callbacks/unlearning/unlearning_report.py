@@ -122,7 +122,7 @@ class UnlearningReport(HostCallback):
         split = find_split(trainer, type(self).__name__)
         network = find_network(host, self.network)
         parts = {part: self._rows(trainer, host, network, split, part) for part in _PARTS}
-        accuracy = {part: 100.0 * float(correct.float().mean()) for part, (correct, _, _) in parts.items()}
+        accuracy = {part: 100.0 * float(correct.double().mean()) for part, (correct, _, _) in parts.items()}
         features = {part: rows for part, (_, rows, _) in parts.items()}
         for part, rows in features.items():
             # on every rank, for those that wait for the first one would wait for ever
@@ -157,10 +157,11 @@ class UnlearningReport(HostCallback):
         correct, features, confidence = [], [], []
         for logits, targets in evaluate(trainer, host, network, split.part(part, shard=True), self.batch_spec):
             check_logits(type(self).__name__, logits)
-            probabilities = logits.double().softmax(1)
-            correct.append((probabilities.argmax(1) == targets).cpu())
-            features.append(membership_feature(probabilities, targets, self.feature).cpu())
-            confidence.append(membership_feature(probabilities, targets).flatten().cpu())
+            # in double precision, which not every accelerator has
+            probabilities, labels = logits.cpu().double().softmax(1), targets.cpu()
+            correct.append(probabilities.argmax(1) == labels)
+            features.append(membership_feature(probabilities, labels, self.feature))
+            confidence.append(membership_feature(probabilities, labels).flatten())
         empty = torch.empty(0)
         found = [torch.cat(rows) if rows else empty for rows in (correct, features, confidence)]
         whole = [gather_rows(rows) for rows in found]
