@@ -3,7 +3,7 @@
     python -m docs.generate
 
 A generated part stands between ``<!-- generated: WHAT -->`` and ``<!-- end -->``, where WHAT is one of: ``methods``;
-``demo``; ``results``; ``result METHOD``; ``arguments CLASS``; ``papers METHOD``; ``file PATH``.
+``demo``; ``results``; ``result METHOD``; ``overhead``; ``arguments CLASS``; ``papers METHOD``; ``file PATH``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import lightning_trust.callbacks
 import lightning_trust.datamodules
 from benchmarks.results import Result
 from lightning_trust.catalog import METHODS, method
+from lightning_trust.core.files import read_json
 from lightning_trust.core.records import METRICS
 from lightning_trust.report.table import percent, seconds
 
@@ -35,8 +36,8 @@ _BLOCK = re.compile(r"(<!-- generated: ([^\n]*?) -->\n)(.*?)(<!-- end -->)", re.
 
 
 def pages() -> list[Path]:
-    """README and every page of docs/."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    """README, every page of docs/, and the page of the benchmarks."""
+    return [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def filled(text: str, page: Path) -> str:
@@ -64,6 +65,7 @@ def _part(what: str, page: Path) -> str:
         "demo": lambda: _result(RESULTS / "unlearning" / "demo.json"),
         "results": lambda: _results(page),
         "result": lambda: _result(ROOT / method(argument).results),
+        "overhead": lambda: _overhead(RESULTS / "overhead.json"),
         "arguments": lambda: _arguments(argument),
         "papers": lambda: "\n".join(f"- *{paper.title}.* {paper.venue}." for paper in method(argument).papers),
         "file": lambda: f"```yaml\n{(ROOT / argument).read_text(encoding='utf-8').rstrip()}\n```",
@@ -162,6 +164,21 @@ def _results(page: Path) -> str:
     results = [Result.read(ROOT / entry.results) for entry in METHODS if (ROOT / entry.results).is_file()]
     where = "\n".join(dict.fromkeys(_where(result) for result in results))
     return f"{_table(head, rows, 3)}\n\n{where}"
+
+
+def _overhead(path: Path) -> str:
+    if not path.is_file():
+        return NOT_YET
+    found = read_json(path, "lightning_trust.overhead", 1)
+    rows = [
+        [row["what"], f"{row['value']:.3g}", f"{row['bar']:g}", "yes" if row["reached"] else "no"]
+        for row in found["rows"]
+    ]
+    hardware = found["hardware"]
+    device = hardware.get("accelerator") or f"{hardware['cpu']}, {found['threads']} threads"
+    versions = f"torch {found['versions']['torch']}, lightning {found['versions']['lightning']}"
+    table = _table(["Figure", "Measured", "At most", "Reached"], rows, 3)
+    return f"{table}\n\nRatios of medians of interleaved rounds in one process; {device}; {versions}."
 
 
 def _gap(line: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from lightning_trust.cli import main
 from lightning_trust.core.records import RunRecord
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*generate.pages(), ROOT / "benchmarks" / "README.md"]
+PAGES = generate.pages()
 SECTIONS = [
     "When to use it",
     "Formula",
