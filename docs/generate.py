@@ -20,7 +20,7 @@ import lightning_trust.datamodules
 from benchmarks.results import Result
 from lightning_trust.catalog import METHODS, method
 from lightning_trust.core.files import read_json
-from lightning_trust.core.records import METRICS
+from lightning_trust.core.records import METRICS, metrics_gap
 from lightning_trust.report.table import percent, seconds
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -174,11 +174,37 @@ def _overhead(path: Path) -> str:
         [row["what"], f"{row['value']:.3g}", f"{row['bar']:g}", "yes" if row["reached"] else "no"]
         for row in found["rows"]
     ]
+    rows += _unlearning_bars()
     hardware = found["hardware"]
     device = hardware.get("accelerator") or f"{hardware['cpu']}, {found['threads']} threads"
     versions = f"torch {found['versions']['torch']}, lightning {found['versions']['lightning']}"
     table = _table(["Figure", "Measured", "At most", "Reached"], rows, 3)
-    return f"{table}\n\nRatios of medians of interleaved rounds in one process; {device}; {versions}."
+    return f"{table}\n\nCosts: ratios of medians of interleaved rounds in one process; {device}; {versions}."
+
+
+def _unlearning_bars() -> list[list[str]]:
+    """What SalUn was to reach for random rows: gap to each of the two Retrains, FineTune's gap, time."""
+    rows = Result.read(ROOT / method("salun").results).rows + Result.read(ROOT / method("fine-tune").results).rows
+    runs: dict[str, dict[int, Any]] = {}
+    for row in rows:
+        if row.scenario.startswith("random"):
+            runs.setdefault(row.run, {})[row.seed] = row
+
+    def gap(run: str, reference: str) -> float:
+        gaps = [
+            metrics_gap(*({name: getattr(runs[each][seed], name) for name in METRICS} for each in (run, reference)))
+            for seed in runs[run]
+        ]
+        return sum(gaps) / len(gaps)
+
+    shares = [row.share_of_retrain for row in runs["SalUn"].values()]
+    figures = [
+        ("SalUn, random 10 %: gap to Retrain in points, mean of the seeds", gap("SalUn", "Retrain"), 1.5),
+        ("the same to the other Retrain", gap("SalUn", "Retrain (another seed)"), 1.5),
+        ("SalUn's gap over FineTune's", gap("SalUn", "Retrain") / gap("FineTune", "Retrain"), 1.0),
+        ("SalUn's time, its mask included, as a share of Retrain's", sum(shares) / len(shares), 0.2),
+    ]
+    return [[what, f"{value:.3g}", f"{bar:g}", "yes" if value <= bar else "no"] for what, value, bar in figures]
 
 
 def _gap(line: dict[str, Any]) -> str:
