@@ -414,7 +414,7 @@ def test_a_recipe_does_not_repeat_lightnings_remarks_in_every_stage():
     remarks = []
     handler = logging.Handler()
     handler.emit = lambda record: remarks.append(record.getMessage())
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning")]
     for logger in loggers:
         logger.addHandler(handler)
     try:

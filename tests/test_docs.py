@@ -214,6 +214,9 @@ def test_commands_run(path, project, capsys):
         elif program == "lightning-trust":
             # script processes are Lightning's affair; forked ranks do the same in this process
             main([word.replace("strategy=ddp", "strategy=ddp_fork") for word in arguments])
+        elif words == ["python", "-m", "benchmarks.unlearning"]:
+            # minutes on quiet cores; its configurations run in tests/test_configs.py
+            importlib.import_module("benchmarks.unlearning")
         else:
             assert words[:3] == ["python", "-m", "benchmarks.results"]
             retrain = ["--config=mine.yaml", "--config=configs/unlearning/retrain.overlay.yaml"]

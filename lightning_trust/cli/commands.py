@@ -222,7 +222,8 @@ def _recipe(args: list[str], console: bool) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without what Lightning would remark in every stage anew; its warnings stay."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    # where the older package is imported as well, the remarks of both go to its logger
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.WARNING)
