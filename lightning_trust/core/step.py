@@ -492,9 +492,10 @@ def check_claims(callbacks: list[Any]) -> None:
             continue
         for claim in callback.all_claims:
             if claim in EXCLUSIVE_CLAIMS and claim in holders:
+                both = f"{type(holders[claim]).__name__} and {type(callback).__name__}"
                 raise MisconfigurationException(
-                    f"{type(holders[claim]).__name__} and {type(callback).__name__} both {EXCLUSIVE_CLAIMS[claim]};"
-                    " a run can have one. Remove one of them from `callbacks`."
+                    f"{both} both want to {EXCLUSIVE_CLAIMS[claim]}; a run can have one. Remove one of them from"
+                    " `callbacks`."
                 )
             holders.setdefault(claim, callback)
 

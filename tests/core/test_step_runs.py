@@ -103,7 +103,8 @@ def test_an_exclusive_claim_twice_names_both(tmp_path, claim, stage):
     with pytest.raises(MisconfigurationException) as error:
         getattr(trainer(tmp_path, *callbacks), stage)(host, loader())
     assert str(error.value) == (
-        f"First and Second both {EXCLUSIVE_CLAIMS[claim]}; a run can have one. Remove one of them from `callbacks`."
+        f"First and Second both want to {EXCLUSIVE_CLAIMS[claim]}; a run can have one. Remove one of them from"
+        " `callbacks`."
     )
     assert ATTACHMENT not in host.__dict__
     assert host.seen == []

@@ -340,7 +340,7 @@ def test_two_that_replace_the_loss():
     )
     with pytest.raises(
         MisconfigurationException,
-        match=r"^First and Second both replace the loss of the host; a run can have one\. Remove one of them from",
+        match=r"^First and Second both want to replace the loss of the host; a run can have one\. Remove one of",
     ):
         run(RandomLabel(), None, None, first, second)
 
