@@ -51,8 +51,8 @@ class TestConformance(CallbackConformance):
         with pytest.raises(
             MisconfigurationException,
             match=(
-                rf"^FineTune and {name} both be the unlearning method of the run; a run can have one\."
-                rf"|^FineTune and {name} both decide the order of the data; a run can have one\. Remove one of them"
+                rf"^FineTune and {name} both want to be the unlearning method of the run; a run can have one\."
+                rf"|^FineTune and {name} both want to decide the order of the data; a run can have one\. Remove one of them"
             ),
         ):
             self.fitted(tmp_path, other())
