@@ -52,7 +52,7 @@ class TestConformance(CallbackConformance):
             MisconfigurationException,
             match=(
                 rf"^FineTune and {name} both want to be the unlearning method of the run; a run can have one\."
-                rf"|^FineTune and {name} both want to decide the order of the data; a run can have one\. Remove one of them"
+                rf"|^FineTune and {name} both want to decide the order of the data; a run can have one\."
             ),
         ):
             self.fitted(tmp_path, other())
