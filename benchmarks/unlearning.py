@@ -7,9 +7,7 @@ folder replaced. For each seed: the existing run; and for a random 10 % and for 
 is the yardstick) and every method from the trained model. Seconds of optimizer steps are compared within a seed and
 scenario, on the same machine. Writes one result file a method under benchmarks/results/.
 
-Learning rates: those of SalUn (0.01 to 0.05 tried) and FineTune (0.02 to 0.1 tried) are the best by the gap to Retrain
-for a random 10 % on seeds 11 and 12, which are not reported; RandomLabel and the pruned runs take theirs. L1Sparse was
-set by a look at seed 2.
+How the learning rates in the configurations were found stands in benchmarks/README.md.
 """
 
 from __future__ import annotations
