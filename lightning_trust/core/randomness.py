@@ -14,6 +14,7 @@ The global step is no key: it does not change inside an accumulation window.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -83,6 +84,78 @@ def keyed_integers(seed: int, keys: Tensor, high: int) -> Tensor:
     return keyed_bits(seed, keys) % high
 
 
+class SampleDraws:
+    """Random numbers for samples, the same for a sample wherever it stands: in any batch, order, subset, or rank.
+
+    Every draw is a hash of (seed, number of the draw, key of the sample, position): counter-based, so that nothing is
+    shared between the rows of a batch. Rows that are taken out with :meth:`rows` go on with the same numbers that they
+    would have got in the whole.
+
+    Args:
+        keys: int64, shape ``(N,)``: what tells the samples apart, such as their row in the global batch or their index
+            in the dataset.
+        seed: Seed of the stream; drawn from torch's global generator at the first draw if None.
+
+    Example:
+        >>> draws = SampleDraws(torch.arange(4), seed=1)
+        >>> some = draws.rows(torch.tensor([3, 1]))
+        >>> bool((draws.uniform(2)[[3, 1]] == some.uniform(2)).all())
+        True
+
+    """
+
+    def __init__(self, keys: Tensor, seed: int | None = None) -> None:
+        self.keys = keys
+        self._seed = seed
+        self._count = 0
+
+    @property
+    def seed(self) -> int:
+        """Seed of the stream."""
+        if self._seed is None:
+            self._seed = int(torch.randint(2**62, ()))
+        return self._seed
+
+    def rows(self, rows: Tensor) -> SampleDraws:
+        """The draws of some samples, by index or by a boolean mask."""
+        some = SampleDraws(self.keys[rows], self.seed)
+        some._count = self._count
+        return some
+
+    def stream(self, *key: object) -> SampleDraws:
+        """Another stream for the same samples, such as that of one attack out of several."""
+        return SampleDraws(self.keys, derived_seed("stream", self.seed, *key))
+
+    def bits(self, *shape: int) -> Tensor:
+        """63 random bits an entry: int64, shape ``(N, *shape)``."""
+        sample = keyed_bits(derived_seed("draw", self.seed, self._count), self.keys)
+        self._count += 1
+        if not shape:
+            return sample
+        places = torch.arange(math.prod(shape), device=self.keys.device)
+        return keyed_bits(self.seed, sample[:, None] + places).view(-1, *shape)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Float32 in [0, 1), shape ``(N, *shape)``."""
+        return (self.bits(*shape) >> 39).float() * 2.0**-24
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal float32, shape ``(N, *shape)``."""
+        # the middle of one of 2^40 cells: never 0 or 1, where the inverse is infinite
+        cells = ((self.bits(*shape) >> 23).double() + 0.5) * 2.0**-40
+        return torch.special.ndtri(cells).float()
+
+    def integers(self, low: int, high: int, *shape: int) -> Tensor:
+        """int64 in ``[low, high)``, shape ``(N, *shape)``."""
+        if high <= low:
+            raise ValueError(f"Expected argument `high` to be greater than `low` ({low}), but got {high}.")
+        return low + self.bits(*shape) % (high - low)
+
+    def signs(self, *shape: int) -> Tensor:
+        """Float32, -1 or 1, shape ``(N, *shape)``."""
+        return (self.bits(*shape) >> 40 & 1).float() * 2.0 - 1.0
+
+
 @dataclass(frozen=True)
 class RandomStreams:
     """The random streams of one callback.
@@ -119,6 +192,11 @@ class RandomStreams:
         ranks = world_size()
         whole = draw(rows * ranks, self._generator("cpu", "sample", *key))
         return whole[rank() :: ranks]
+
+    def samples(self, rows: int, *key: object, device: torch.device | str = "cpu") -> SampleDraws:
+        """Draws for the samples of this rank's batch, of which the global batch holds the rows r::W."""
+        places = torch.arange(rows, device=device) * world_size() + rank()
+        return SampleDraws(places, self.sample_seed(*key))
 
     def sample_seed(self, *key: object) -> int:
         """Seed for :func:`keyed_bits` and its kin, equal on all ranks."""
