@@ -363,8 +363,8 @@ def owner_of(model: Model) -> nn.Module | None:
 
 
 @contextmanager
-def prepared(model: Model, batch_norm: Literal["eval", "batch"] = "eval") -> Iterator[None]:
-    """Set a model up for an attack, and give it back as it was.
+def attack_mode(model: Model, batch_norm: Literal["eval", "batch"] = "eval") -> Iterator[None]:
+    """Set the modes of a model for an attack, and give them back.
 
     Args:
         model: The model.
@@ -382,7 +382,14 @@ def prepared(model: Model, batch_norm: Literal["eval", "batch"] = "eval") -> Ite
                 if isinstance(layer, _NormBase):
                     layer.training = True
             stack.enter_context(untouched_batchnorm(module))
-        stack.enter_context(frozen_parameters(module.parameters()))
+        yield
+
+
+@contextmanager
+def prepared(model: Model, batch_norm: Literal["eval", "batch"] = "eval") -> Iterator[None]:
+    """:func:`attack_mode` without gradients of parameters: neither computed nor prepared for in the forward pass."""
+    module = owner_of(model)
+    with attack_mode(model, batch_norm), frozen_parameters([] if module is None else module.parameters()):
         yield
 
 

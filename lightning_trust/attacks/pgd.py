@@ -29,8 +29,8 @@ class PGD(Attack):
     .. math:: x_{t+1} = \mathrm{clip}\big(x + P_\epsilon(x_t + \alpha \, d(\nabla_x \ell(f(x_t), y)) - x)\big)
 
     with the direction :math:`d(g)`: linf :math:`\mathrm{sign}(g)`; l2 :math:`g / \lVert g \rVert_2`; l1 the sign of the
-    :math:`k` largest entries that do not leave the box, times :math:`20 / k`, with :math:`k` drawn from 5 to 20 in every
-    step (``l1_step="topk"``), or the l1 step of one coordinate with an exact projection onto ball and box
+    :math:`k` largest entries that do not leave the box, times :math:`20 / k`, with :math:`k` drawn from 5 to 20 in
+    every step (``l1_step="topk"``), or the l1 step of one coordinate with an exact projection onto ball and box
     (``l1_step="apgd"``).
 
     Paper: Towards Deep Learning Models Resistant to Adversarial Attacks (ICLR 2018); l1: Adversarial Robustness Against
@@ -210,11 +210,10 @@ def random_in_ball(draws: SampleDraws, like: Tensor, eps: float, norm: Norm) -> 
     shape = like.shape[1:]
     if norm == "linf":
         return (2.0 * draws.uniform(*shape) - 1.0) * eps
-    if norm == "l2":
-        direction = draws.normal(*shape)
-    else:
-        # exponential magnitudes with random signs, scaled to length one, are uniform on the l1 sphere
-        direction = -torch.log1p(-draws.uniform(*shape)) * draws.signs(*shape)
+    # exponential magnitudes with random signs, scaled to length one, are uniform on the l1 sphere
+    direction = (
+        draws.normal(*shape) if norm == "l2" else torch.log1p(-draws.uniform(*shape)) * draws.signs(*shape)
+    )
     length = norm_of(direction, norm).clamp_min(1e-12)
     return direction * per_sample(draws.uniform() * eps / length, like)
 

@@ -34,6 +34,7 @@ from lightning_trust.core.randomness import (
 
 Stage = Literal["fit", "validate", "test", "predict"]
 Claim = Literal[
+    "inputs",
     "labels",
     "loss",
     "replaces_loss",
@@ -46,6 +47,7 @@ Claim = Literal[
 ]
 # what only one callback of a run may claim, and how an error says it
 EXCLUSIVE_CLAIMS: dict[str, str] = {
+    "inputs": "perturb the inputs of the batch",
     "labels": "change the labels of the batch",
     "replaces_loss": "replace the loss of the host",
     "gradient_source": "be the source of the gradient",
@@ -323,9 +325,10 @@ class StepChain:
         self._arrange()
 
     def _arrange(self) -> None:
-        # innermost first: the one that replaces the loss, then from the last in the list to the first
+        # innermost first: the one that replaces the loss, then from the last in the list to the first, and outermost
+        # those that evaluate all of it at other weights
         changing = [transform for transform in reversed(self.transforms) if transform.changes_loss]
-        self._nested = sorted(changing, key=lambda transform: not transform.replaces_loss)
+        self._nested = sorted(changing, key=lambda each: (not each.replaces_loss, each.moves_weights))
 
     def forget(self) -> None:
         """Let go of the micro-batch that was kept for its evaluations."""
@@ -671,6 +674,8 @@ class StepTransform(HostCallback):
     """
 
     replaces_loss: ClassVar[bool] = False
+    #: whether its ``loss`` evaluates what lies inside at other weights: then everything else lies inside
+    moves_weights: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -1,6 +1,8 @@
 """Adversarial robustness: projections, losses and objectives."""
 
+from lightning_trust.functional.adversarial.grad_align import gradient_misalignment
 from lightning_trust.functional.adversarial.losses import dlr_loss, dlr_loss_targeted, kl_divergence, margin
+from lightning_trust.functional.adversarial.mart import mart_loss
 from lightning_trust.functional.adversarial.projections import (
     linear_minimiser,
     norm_of,
@@ -9,16 +11,20 @@ from lightning_trust.functional.adversarial.projections import (
     project_l2,
     project_linf,
 )
+from lightning_trust.functional.adversarial.trades import trades_kl
 
 __all__ = [
     "dlr_loss",
     "dlr_loss_targeted",
+    "gradient_misalignment",
     "kl_divergence",
     "linear_minimiser",
     "margin",
+    "mart_loss",
     "norm_of",
     "project_l1",
     "project_l1_box",
     "project_l2",
     "project_linf",
+    "trades_kl",
 ]
