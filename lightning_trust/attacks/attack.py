@@ -47,6 +47,7 @@ class Problem:
         high: Largest valid raw input.
         draws: Random numbers of the samples.
         check: Whether gradients are looked at for NaN.
+        watch: Where it is kept whether gradients were finite, as scalars on the device, for a look at a better time.
 
     """
 
@@ -58,6 +59,7 @@ class Problem:
     high: float
     draws: SampleDraws
     check: bool
+    watch: list[Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -199,6 +201,8 @@ class Attack(ABC):
         outputs = problem.model(place)
         values = self.values(outputs, problem)
         (gradient,) = torch.autograd.grad(values.sum(), place)
+        if problem.watch is not None:
+            problem.watch.append(torch.isfinite(gradient.sum()))
         if problem.check and not bool(torch.isfinite(gradient).all()):
             raise RuntimeError(
                 f"{type(self).__name__} got a gradient with NaN or infinite values in step {step}. Does the network"
@@ -214,13 +218,8 @@ class Attack(ABC):
             ValueError: If an l-infinity radius is larger than the box.
 
         """
-        width = space.high - space.low
-        if self.eps is not None and self.norm == "linf" and self.eps > width:
-            hint = f" Did you mean {self.eps:g}/255?" if width <= 2.0 and self.eps <= 255.0 else ""
-            raise ValueError(
-                f"Expected argument `eps` to be in the units of the inputs, in [0, {width:g}], but got {self.eps:g}."
-                f"{hint} For data in another range pass `space=InputSpace(low, high)`."
-            )
+        if self.eps is not None and self.norm == "linf":
+            check_radius(self.eps, space)
 
     def replaced(self, **arguments: Any) -> Attack:
         """A copy with other values of some arguments.
@@ -246,6 +245,7 @@ class Attack(ABC):
         space: InputSpace | None = None,
         draws: SampleDraws | None = None,
         check: bool = True,
+        watch: list[Tensor] | None = None,
     ) -> Tensor:
         """Attack a batch.
 
@@ -257,7 +257,8 @@ class Attack(ABC):
             space: Box and normalisation of the inputs, where the attack was made without; images in [0, 1] if None.
             draws: Random numbers of the samples; from torch's global generator if None.
             check: Whether inputs, targets and gradients are looked at, which on a GPU waits for it. A training loop
-                does so in its first batch.
+        does so in its first batch.
+            watch: A list that gets a boolean scalar a gradient: whether it was finite, without waiting for the device.
 
         Returns:
             Adversarial inputs: shape, type and device of ``inputs``, without a graph.
@@ -294,6 +295,7 @@ class Attack(ABC):
                         space,
                         draws.rows(rows) if size < len(x) else draws,
                         check,
+                        watch,
                     )
                 )
             return torch.cat(parts) if len(parts) != 1 else parts[0]
@@ -307,6 +309,7 @@ class Attack(ABC):
         space: InputSpace,
         draws: SampleDraws,
         check: bool,
+        watch: list[Tensor] | None,
     ) -> Tensor:
         kind = x.dtype
 
@@ -317,7 +320,7 @@ class Attack(ABC):
 
         wide = torch.promote_types(kind, torch.float32)
         raw = space.to_raw(x.to(wide)).clamp(space.low, space.high)
-        problem = Problem(of_raw, raw, y, goal, space.low, space.high, draws, check)
+        problem = Problem(of_raw, raw, y, goal, space.low, space.high, draws, check, watch)
         if self.loss == "kl":
             problem.targets = problem.outputs(raw)
         perturbed = self._perturb(problem).detach()
@@ -352,6 +355,22 @@ class Attack(ABC):
         space.check(x)
         if goal is not None and bool((goal == y).any()):
             raise ValueError("Expected argument `target` to differ from `targets` in every row, but some are equal.")
+
+
+def check_radius(eps: float, space: InputSpace) -> None:
+    """Refuse an l-infinity radius that cannot be meant in the units of a space.
+
+    Raises:
+        ValueError: If the radius is larger than the box.
+
+    """
+    width = space.high - space.low
+    if eps > width:
+        hint = f" Did you mean {eps:g}/255?" if width <= 2.0 and eps <= 255.0 else ""
+        raise ValueError(
+            f"Expected argument `eps` to be in the units of the inputs, in [0, {width:g}], but got {eps:g}.{hint} For"
+            " data in another range pass `space=InputSpace(low, high)`."
+        )
 
 
 def owner_of(model: Model) -> nn.Module | None:

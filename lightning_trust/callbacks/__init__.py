@@ -1,5 +1,18 @@
 """What attaches to any Trainer."""
 
+from lightning_trust.callbacks.adversarial import (
+    AWP,
+    MART,
+    TRADES,
+    AdversarialTraining,
+    CleanAndAdversarial,
+    FastAT,
+    FastBAT,
+    FreeAdversarialTraining,
+    GradAlign,
+    Objective,
+    StandardAT,
+)
 from lightning_trust.callbacks.exact_resume import ExactResume
 from lightning_trust.callbacks.load_weights import LoadWeights
 from lightning_trust.callbacks.pruning import OneShotPruning
@@ -13,13 +26,24 @@ from lightning_trust.callbacks.unlearning import (
 )
 
 __all__ = [
+    "AWP",
+    "MART",
+    "TRADES",
+    "AdversarialTraining",
+    "CleanAndAdversarial",
     "ExactResume",
+    "FastAT",
+    "FastBAT",
     "FineTune",
+    "FreeAdversarialTraining",
+    "GradAlign",
     "L1Sparse",
     "LoadWeights",
+    "Objective",
     "OneShotPruning",
     "RandomLabel",
     "SalUn",
+    "StandardAT",
     "UnlearningReport",
     "WeightSaliency",
 ]

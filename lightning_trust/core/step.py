@@ -673,7 +673,8 @@ class StepTransform(HostCallback):
 
     """
 
-    replaces_loss: ClassVar[bool] = False
+    #: whether the host's own loss does not count
+    replaces_loss: bool = False
     #: whether its ``loss`` evaluates what lies inside at other weights: then everything else lies inside
     moves_weights: ClassVar[bool] = False
 

@@ -1,0 +1,29 @@
+"""Adversarial robustness."""
+
+from lightning_trust.callbacks.adversarial.adversarial_training import AdversarialTraining
+from lightning_trust.callbacks.adversarial.awp import AWP
+from lightning_trust.callbacks.adversarial.free_adversarial_training import FreeAdversarialTraining
+from lightning_trust.callbacks.adversarial.objectives import (
+    MART,
+    TRADES,
+    CleanAndAdversarial,
+    FastAT,
+    FastBAT,
+    GradAlign,
+    Objective,
+    StandardAT,
+)
+
+__all__ = [
+    "AWP",
+    "MART",
+    "TRADES",
+    "AdversarialTraining",
+    "CleanAndAdversarial",
+    "FastAT",
+    "FastBAT",
+    "FreeAdversarialTraining",
+    "GradAlign",
+    "Objective",
+    "StandardAT",
+]
