@@ -399,12 +399,12 @@ class CallbackConformance:
 
 
 def built(kind: type, arguments: dict[str, Any]) -> Any:
-    """An object from its arguments; those that YAML would give as ``class_path`` are made as LightningCLI makes them."""
+    """An object from its arguments; those with a ``class_path`` are made as LightningCLI makes them."""
     if not any(isinstance(value, (dict, list)) for value in arguments.values()):
         return kind(**arguments)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, "made", fail_untyped=False)
-    config = parser.parse_object({"made": arguments})
+    config = parser.parse_object({"made": copy.deepcopy(arguments)})
     return parser.instantiate(config).made
 
 

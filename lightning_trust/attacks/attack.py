@@ -25,7 +25,7 @@ from lightning_trust.functional.adversarial.losses import (
     kl_divergence,
     margin,
 )
-from lightning_trust.functional.adversarial.projections import Norm, check_norm, norm_of
+from lightning_trust.functional.adversarial.projections import Norm, check_norm
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 LossName = Literal["ce", "dlr", "margin", "kl"]
@@ -48,6 +48,8 @@ class Problem:
         draws: Random numbers of the samples.
         check: Whether gradients are looked at for NaN.
         watch: Where it is kept whether gradients were finite, as scalars on the device, for a look at a better time.
+        places: Which row of the batch each sample is.
+        queries: Where forward passes are counted, one number a row of the batch; None where they are not.
 
     """
 
@@ -60,6 +62,8 @@ class Problem:
     draws: SampleDraws
     check: bool
     watch: list[Tensor] | None = None
+    places: Tensor | None = None
+    queries: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -72,6 +76,7 @@ class Problem:
             targets=self.targets[rows],
             goal=None if self.goal is None else self.goal[rows],
             draws=self.draws.rows(rows),
+            places=None if self.places is None else self.places[rows],
         )
 
     def clip(self, raw: Tensor) -> Tensor:
@@ -80,7 +85,9 @@ class Problem:
 
     @torch.no_grad()
     def outputs(self, raw: Tensor) -> Tensor:
-        """Outputs without a graph."""
+        """Outputs without a graph; for one point a sample, or as many for each."""
+        if self.queries is not None and self.places is not None:
+            self.queries[self.places] += len(raw) // max(1, len(self.places))
         return self.model(raw)
 
     def fooled(self, outputs: Tensor) -> Tensor:
@@ -116,8 +123,8 @@ class Attack(ABC):
 
     """
 
-    #: whether a subclass works with ``loss``
-    differentiates = True
+    #: whether a subclass asks for outputs only, and tells in ``queries`` how often
+    black_box = False
 
     def __init__(
         self,
@@ -147,14 +154,35 @@ class Attack(ABC):
         self.batch_norm = batch_norm
         self.space = space
         self.batch_size = batch_size
+        self._queries: list[Tensor] = []
         if space is not None:
             self.check_budget(space)
+
+    @property
+    def queries(self) -> Tensor:
+        """How often the last call asked the network about each sample: int64, shape ``(N,)``; black-box attacks only.
+
+        Raises:
+            AttributeError: If the attack uses gradients, or was not called.
+
+        """
+        if not self._queries:
+            raise AttributeError(
+                f"{type(self).__name__} has counted no queries: only a call of a black-box attack does."
+            )
+        return torch.cat(self._queries)
 
     def __repr__(self) -> str:
         said = {name: value for name, value in self.__dict__.items() if not name.startswith("_") and value is not None}
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in said.items())})"
 
-    # -- for subclasses ------------------------------------------------------------------------------------------------
+    # -- for subclasses and attacks made of attacks --------------------------------------------------------------------
+    def perturb(self, problem: Problem) -> Tensor:
+        """Adversarial raw inputs for a batch that :meth:`__call__`, of this attack or one that holds it, prepared."""
+        if self.loss == "kl":
+            problem = replace(problem, targets=problem.outputs(problem.inputs))
+        return self._perturb(problem).detach()
+
     @abstractmethod
     def _perturb(self, problem: Problem) -> Tensor:
         """Adversarial raw inputs for a batch, in the box; the caller has left inference mode and set modes."""
@@ -271,7 +299,10 @@ class Attack(ABC):
         space = self.space or space or UNIT_BOX
         self.check_budget(space)
         self._check_call(inputs, targets, target)
+        self._queries = []
         if self.eps == 0.0:
+            if self.black_box:
+                self._queries = [torch.zeros(len(inputs), dtype=torch.int64, device=inputs.device)]
             return inputs.detach().clone()
         if draws is None:
             draws = SampleDraws(torch.arange(len(inputs), device=inputs.device))
@@ -312,18 +343,27 @@ class Attack(ABC):
         watch: list[Tensor] | None,
     ) -> Tensor:
         kind = x.dtype
+        # the first outputs that the attack asks for are looked at, whatever they are for: no forward pass is spent
+        unseen = [True] if check and not callable(self.loss) and self.loss != "kl" else []
 
         def of_raw(raw: Tensor) -> Tensor:
             outputs = model(space.from_raw(raw).to(kind))
+            if unseen:
+                unseen.clear()
+                check_logits(outputs, y, type(self).__name__)
+                if goal is not None:
+                    check_logits(outputs, goal, type(self).__name__, "target")
             half = isinstance(outputs, Tensor) and outputs.dtype in (torch.float16, torch.bfloat16)
             return outputs.float() if half else outputs
 
         wide = torch.promote_types(kind, torch.float32)
         raw = space.to_raw(x.to(wide)).clamp(space.low, space.high)
         problem = Problem(of_raw, raw, y, goal, space.low, space.high, draws, check, watch)
-        if self.loss == "kl":
-            problem.targets = problem.outputs(raw)
-        perturbed = self._perturb(problem).detach()
+        if self.black_box:
+            problem.places = torch.arange(len(x), device=x.device)
+            problem.queries = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+            self._queries.append(problem.queries)
+        perturbed = self.perturb(problem)
         if not space.normalised:
             return perturbed.to(kind)
         # where nothing was added, nothing changes by rounding either
@@ -412,7 +452,7 @@ def prepared(model: Model, batch_norm: Literal["eval", "batch"] = "eval") -> Ite
         yield
 
 
-def check_logits(outputs: Any, targets: Tensor, owner: str) -> None:
+def check_logits(outputs: Any, targets: Tensor, owner: str, name: str = "targets") -> None:
     """Refuse what a network puts out if it is no batch of logits, or has too few of them for the targets.
 
     Raises:
@@ -426,19 +466,6 @@ def check_logits(outputs: Any, targets: Tensor, owner: str) -> None:
         )
     if len(targets) and not (int(targets.min()) >= 0 and int(targets.max()) < outputs.shape[1]):
         raise ValueError(
-            f"Expected the targets to be classes in [0, {outputs.shape[1]}), the number of logits, but got classes from"
-            f" {int(targets.min())} to {int(targets.max())}."
+            f"Expected argument `{name}` of {owner} to hold classes in [0, {outputs.shape[1]}), the number of logits,"
+            f" but got classes from {int(targets.min())} to {int(targets.max())}."
         )
-
-
-def keep_best(problem: Problem, best: Tensor | None, new: Tensor, held: Tensor | None, values: Tensor) -> Tensor:
-    """Of two candidates a sample, the one with the larger value; the new one where there was none."""
-    if best is None or held is None:
-        return new
-    better = values > held
-    return torch.where(better.view(-1, *[1] * (new.ndim - 1)), new, best)
-
-
-def distances(problem: Problem, raw: Tensor, norm: Norm) -> Tensor:
-    """Norm of each sample's perturbation, shape ``(N,)``."""
-    return norm_of(raw - problem.inputs, norm)

@@ -211,9 +211,7 @@ def random_in_ball(draws: SampleDraws, like: Tensor, eps: float, norm: Norm) -> 
     if norm == "linf":
         return (2.0 * draws.uniform(*shape) - 1.0) * eps
     # exponential magnitudes with random signs, scaled to length one, are uniform on the l1 sphere
-    direction = (
-        draws.normal(*shape) if norm == "l2" else torch.log1p(-draws.uniform(*shape)) * draws.signs(*shape)
-    )
+    direction = draws.normal(*shape) if norm == "l2" else torch.log1p(-draws.uniform(*shape)) * draws.signs(*shape)
     length = norm_of(direction, norm).clamp_min(1e-12)
     return direction * per_sample(draws.uniform() * eps / length, like)
 

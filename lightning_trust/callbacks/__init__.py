@@ -11,6 +11,7 @@ from lightning_trust.callbacks.adversarial import (
     FreeAdversarialTraining,
     GradAlign,
     Objective,
+    RobustEvaluation,
     StandardAT,
 )
 from lightning_trust.callbacks.exact_resume import ExactResume
@@ -42,6 +43,7 @@ __all__ = [
     "Objective",
     "OneShotPruning",
     "RandomLabel",
+    "RobustEvaluation",
     "SalUn",
     "StandardAT",
     "UnlearningReport",

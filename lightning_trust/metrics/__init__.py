@@ -1,5 +1,6 @@
 """torchmetrics metrics."""
 
 from lightning_trust.metrics.membership_inference import MembershipInference
+from lightning_trust.metrics.robust_accuracy import RobustAccuracy
 
-__all__ = ["MembershipInference"]
+__all__ = ["MembershipInference", "RobustAccuracy"]

@@ -13,6 +13,7 @@ from lightning_trust.callbacks.adversarial.objectives import (
     Objective,
     StandardAT,
 )
+from lightning_trust.callbacks.adversarial.robust_evaluation import RobustEvaluation
 
 __all__ = [
     "AWP",
@@ -25,5 +26,6 @@ __all__ = [
     "FreeAdversarialTraining",
     "GradAlign",
     "Objective",
+    "RobustEvaluation",
     "StandardAT",
 ]

@@ -1,5 +1,6 @@
 """Adversarial robustness: projections, losses and objectives."""
 
+from lightning_trust.functional.adversarial.confidence import wilson_interval
 from lightning_trust.functional.adversarial.grad_align import gradient_misalignment
 from lightning_trust.functional.adversarial.losses import dlr_loss, dlr_loss_targeted, kl_divergence, margin
 from lightning_trust.functional.adversarial.mart import mart_loss
@@ -27,4 +28,5 @@ __all__ = [
     "project_l2",
     "project_linf",
     "trades_kl",
+    "wilson_interval",
 ]

@@ -359,10 +359,10 @@ def test_radius_in_bytes_is_refused_before_training():
 
 
 def test_inputs_outside_the_box_point_to_the_space():
+    x, y = images().tensors
+    outside = DataLoader(TensorDataset(4.0 * x - 2.0, y), batch_size=8)
     with pytest.raises(ValueError, match=r"lie in \[0.0, 1.0\] in raw units.*InputSpace"):
-        trainer = pl.Trainer(max_epochs=1, callbacks=[AdversarialTraining()], **QUIET)
-        x, y = images().tensors
-        trainer.fit(Images(), DataLoader(TensorDataset(4.0 * x - 2.0, y), batch_size=8))
+        fit(Images(), [AdversarialTraining()], data=outside)
 
 
 def test_unknown_objective_is_refused():

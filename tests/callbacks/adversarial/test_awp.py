@@ -10,14 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch.utils.data import DataLoader
 
 from lightning_trust.attacks import PGD
 from lightning_trust.callbacks import AWP, AdversarialTraining
 from lightning_trust.core.step import HostCallback
 from tests.callbacks.adversarial.test_adversarial_training import Images, fit, images
 from tests.conformance import CallbackConformance
-from tests.two_ranks import QUIET
 
 
 class TestAWP(CallbackConformance):
@@ -121,5 +119,4 @@ def test_bad_input():
         claims = ("gradient_source",)
 
     with pytest.raises(MisconfigurationException, match="AWP and Source both want to be the source of the gradient"):
-        trainer = pl.Trainer(max_epochs=1, callbacks=[AWP(), Source()], **QUIET)
-        trainer.fit(Images(), DataLoader(images(), batch_size=8))
+        fit(Images(), [AWP(), Source()])

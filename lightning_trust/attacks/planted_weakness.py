@@ -1,0 +1,141 @@
+"""A copy of a network in which an adversarial example is known to exist: whoever cannot find it proves nothing."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_trust.attacks.attack import Attack
+from lightning_trust.attacks.pgd import random_in_ball
+from lightning_trust.core.randomness import SampleDraws
+from lightning_trust.core.space import InputSpace
+from lightning_trust.functional.adversarial.projections import Norm, norm_of, per_sample
+
+
+class PlantedWeakness(nn.Module):
+    r"""A two-way readout of a network's outputs that one known point of the ball crosses.
+
+    .. math:: s(x) = \frac{\langle v, f(x) \rangle - m}{h}, \qquad v = f(b) - \overline{f(x_i)}
+
+    with random inner points :math:`x_i` of the ball and a random point :math:`b` on its surface; :math:`m` and
+    :math:`h` put the clean input and all inner points at :math:`s \le -1` and :math:`b` at 1. The true class has logit
+    0, another one :math:`s(x)`, the rest a constant far below.
+
+    Paper: Increasing Confidence in Adversarial Robustness Evaluations (NeurIPS 2022), whose test it simplifies: the
+    readout stands on the logits.
+
+    Args:
+        network: The network, of which a copy is made.
+        sample: One raw input, shape ``(1, ...)``.
+        target: Its class, shape ``(1,)``.
+        eps: Radius of the ball.
+        norm: Norm of the ball.
+        space: Box and normalisation of the inputs.
+        draws: Random numbers of the sample.
+
+    Attributes:
+        known: The point that crosses, raw, shape ``(1, ...)``.
+        testable: Whether the outputs tell the known point from the inner ones.
+
+    """
+
+    direction: Tensor
+    middle: Tensor
+    half_width: Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        sample: Tensor,
+        target: Tensor,
+        eps: float,
+        norm: Norm,
+        space: InputSpace,
+        draws: SampleDraws,
+        inner: int = 64,
+    ) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+        shape = sample.shape[1:]
+        points = SampleDraws(torch.arange(inner + 1, device=sample.device), draws.seed)
+        offsets = random_in_ball(points, sample.expand(inner + 1, *shape), eps, norm)
+        # the last one is pushed out to the surface
+        surface = (
+            offsets[-1:].sign() * eps
+            if norm == "linf"
+            else offsets[-1:] * per_sample(eps / norm_of(offsets[-1:], norm).clamp_min(1e-12), offsets[-1:])
+        )
+        self.known = (sample + surface).clamp(space.low, space.high)
+        places = torch.cat([sample, (sample + offsets[:-1]).clamp(space.low, space.high), self.known])
+        with torch.no_grad():
+            outputs = self.network(space.from_raw(places)).float()
+        near, far = outputs[:-1], outputs[-1]
+        self.classes = outputs.shape[1]
+        self.target = int(target)
+        self.other = (self.target + 1) % self.classes
+        direction = far - near.mean(dim=0)
+        highest, reached = (near @ direction).max(), far @ direction
+        self.register_buffer("direction", direction)
+        self.register_buffer("middle", (reached + highest) / 2)
+        self.register_buffer("half_width", (reached - highest) / 2)
+        self.testable = bool(reached > highest + 1e-4 * (near @ direction).abs().max())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Inputs as the network takes them -> logits of the planted classifier."""
+        score = (self.network(x).float() @ self.direction - self.middle) / self.half_width
+        logits = torch.full((len(x), self.classes), -10.0, device=x.device)
+        logits[:, self.target] = 0.0
+        logits[:, self.other] = score
+        return logits
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """What an attack found in networks with a planted weakness.
+
+    Attributes:
+        found: In how many samples the attack found an adversarial input.
+        testable: In how many there was one to be found.
+
+    """
+
+    found: int
+    testable: int
+
+
+def find_planted_weakness(
+    attack: Attack, network: nn.Module, inputs: Tensor, targets: Tensor, space: InputSpace, seed: int = 0
+) -> SelfTest:
+    """Let an attack look for weaknesses that are known to be there, one sample at a time.
+
+    Args:
+        attack: The attack, with a radius.
+        network: The network, in whose copies the weakness is planted.
+        inputs: As the network takes them.
+        targets: Their classes.
+        space: Box and normalisation of the inputs.
+        seed: Seed of the random points.
+
+    Raises:
+        ValueError: If the attack has no radius.
+
+    """
+    if attack.eps is None:
+        raise ValueError(f"Expected an attack with a radius `eps`, but {type(attack).__name__} has none.")
+    found = testable = 0
+    for row in range(len(inputs)):
+        sample, target = inputs[row : row + 1], targets[row : row + 1]
+        raw = space.to_raw(sample.float())
+        draws = SampleDraws(torch.tensor([row], device=inputs.device), seed + row)
+        with torch.inference_mode(False), torch.no_grad():
+            planted = PlantedWeakness(network, raw.clone(), target.clone(), attack.eps, attack.norm, space, draws)
+        if not planted.testable:
+            continue
+        testable += 1
+        adversarial = attack(planted, sample, target, space=space, draws=draws.stream("attack"))
+        with torch.no_grad():
+            found += int(planted(adversarial).argmax(dim=1).ne(target).item())
+    return SelfTest(found, testable)
