@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning_trust.datamodules.adversarial import RepeatBatches
 from lightning_trust.datamodules.cifar import CIFAR10
 from lightning_trust.datamodules.digits import Digits
 from lightning_trust.datamodules.fashion_mnist import FashionMNIST
@@ -19,4 +20,5 @@ __all__ = [
     "ImageRows",
     "ImageRowsDataModule",
     "RandomShiftFlip",
+    "RepeatBatches",
 ]
