@@ -163,10 +163,8 @@ class APGD(SearchAttack):
 
     def _start(self, problem: Problem, eps: float) -> Tensor:
         x, shape = problem.inputs, problem.inputs.shape[1:]
-        if self.norm == "linf":
-            direction = 2.0 * problem.draws.uniform(*shape) - 1.0
-        else:
-            direction = problem.draws.normal(*shape)
+        draws = problem.draws
+        direction = 2.0 * draws.uniform(*shape) - 1.0 if self.norm == "linf" else draws.normal(*shape)
         direction = direction.to(x.dtype)
         if self.norm == "l1":
             return self._project(problem, x + direction * (problem.high - problem.low), eps)

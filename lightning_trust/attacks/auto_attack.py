@@ -96,7 +96,7 @@ class AutoAttack(Attack):
         ...     network, inputs, network(inputs).argmax(dim=1)
         ... )
         >>> result.clean_accuracy, result.robust_accuracy
-        (1.0, 0.25)
+        (1.0, 0.625)
         >>> list(result.broken_by)
         ['apgd-ce', 'apgd-t', 'fab-t', 'square']
 
@@ -210,14 +210,15 @@ class AutoAttack(Attack):
 
         """
         twin = copy.copy(self)
-        twin._parts = parts = []
+        parts: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
+        twin._parts = parts
         adversarial = twin(model, inputs, targets, space=space, draws=draws, check=check)
         if not parts:
             # a radius of zero: there is nothing to attack
             with torch.no_grad(), prepared(model):
                 right = model(inputs).argmax(dim=1) == targets
             parts.append((right, right, {name: torch.zeros_like(right) for name in self.members()}))
-        right, robust = (torch.cat([part[place] for part in parts]) for place in (0, 1))
+        right, robust = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
         broken = {name: torch.cat([part[2][name] for part in parts]) for name in parts[0][2]}
         return AutoAttackResult(adversarial, right, robust, broken)
 

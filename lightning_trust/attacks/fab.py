@@ -59,8 +59,8 @@ class FAB(SearchAttack):
     Example:
         >>> import torch
         >>> model = lambda x: torch.stack([x.sum(dim=1), 0.8 - x.sum(dim=1)], dim=1)
-        >>> FAB(eps=0.2, steps=5)(model, torch.full((1, 2), 0.5), torch.tensor([0]))
-        tensor([[0.3425, 0.3425]])
+        >>> FAB(eps=0.35, steps=5)(model, torch.full((1, 2), 0.5), torch.tensor([0]))
+        tensor([[0.1850, 0.1850]])
 
     """
 

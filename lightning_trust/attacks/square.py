@@ -147,7 +147,7 @@ class Square(SearchAttack):
 
     def _start(self, problem: Problem) -> Tensor:
         x = problem.inputs
-        count, channels, height, width = x.shape
+        _, channels, height, width = x.shape
         if self.norm == "linf":
             return problem.clip(x + self.eps * problem.draws.signs(channels, 1, width).to(x.dtype))
         side = max(1, height // 5, width // 5) if min(height, width) >= 5 else 1
