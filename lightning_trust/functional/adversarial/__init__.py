@@ -12,9 +12,17 @@ from lightning_trust.functional.adversarial.projections import (
     project_l2,
     project_linf,
 )
+from lightning_trust.functional.adversarial.quantisation import (
+    dequantise,
+    pack_codes,
+    quantisation_levels,
+    quantise,
+    unpack_codes,
+)
 from lightning_trust.functional.adversarial.trades import trades_kl
 
 __all__ = [
+    "dequantise",
     "dlr_loss",
     "dlr_loss_targeted",
     "gradient_misalignment",
@@ -23,10 +31,14 @@ __all__ = [
     "margin",
     "mart_loss",
     "norm_of",
+    "pack_codes",
     "project_l1",
     "project_l1_box",
     "project_l2",
     "project_linf",
+    "quantisation_levels",
+    "quantise",
     "trades_kl",
+    "unpack_codes",
     "wilson_interval",
 ]
