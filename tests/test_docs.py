@@ -47,6 +47,9 @@ class MyModel(pl.LightningModule):
         inputs, targets = batch
         return torch.nn.functional.cross_entropy(self.net(inputs), targets)
 
+    def test_step(self, batch, batch_idx):
+        self.training_step(batch, batch_idx)
+
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=self.hparams.lr)
 
