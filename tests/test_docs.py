@@ -18,6 +18,7 @@ from docs import generate
 from lightning_trust.catalog import METHODS
 from lightning_trust.cli import main
 from lightning_trust.core.records import RunRecord
+from lightning_trust.core.robustness_record import RobustnessRecord
 
 ROOT = Path(__file__).parents[1]
 PAGES = generate.pages()
@@ -247,3 +248,18 @@ def test_extras_of_the_readme_exist():
 def test_promise_is_three_lines():
     _, promise, *_ = (ROOT / "README.md").read_text(encoding="utf-8").split("\n\n")
     assert len(promise.splitlines()) == 3
+
+
+def test_yaml_of_the_robust_guide_runs(project, capsys):
+    """One entry turns adversarial training on, another one tells the robust accuracy, with default Trainer flags."""
+    (block,) = blocks(ROOT / "docs" / "adversarial" / "guide.md", "yaml")
+    # the user's three classes are too few for AutoAttack's targeted losses
+    Path("robust.yaml").write_text(block.replace("class_path: AutoAttack", "class_path: APGD"))
+    files = ["--config=mine.yaml", "--config=robust.yaml", "--trainer.default_root_dir=runs/robust"]
+    cli = main(["fit", *files])
+    names = [type(callback).__name__ for callback in cli.trainer.callbacks]
+    assert {"AdversarialTraining", "RobustEvaluation"} <= set(names)
+    main(["test", *files])
+    assert "trust/robust_acc/autoattack" in capsys.readouterr().out
+    record = RobustnessRecord.read("runs/robust")
+    assert (record.label, record.samples) == ("TRADES", 30)
