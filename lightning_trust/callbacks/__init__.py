@@ -11,6 +11,7 @@ from lightning_trust.callbacks.adversarial import (
     FreeAdversarialTraining,
     GradAlign,
     Objective,
+    QuantizedAllReduce,
     RobustEvaluation,
     StandardAT,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "LoadWeights",
     "Objective",
     "OneShotPruning",
+    "QuantizedAllReduce",
     "RandomLabel",
     "RobustEvaluation",
     "SalUn",

@@ -13,6 +13,7 @@ from lightning_trust.callbacks.adversarial.objectives import (
     Objective,
     StandardAT,
 )
+from lightning_trust.callbacks.adversarial.quantized_all_reduce import QuantizedAllReduce
 from lightning_trust.callbacks.adversarial.robust_evaluation import RobustEvaluation
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "FreeAdversarialTraining",
     "GradAlign",
     "Objective",
+    "QuantizedAllReduce",
     "RobustEvaluation",
     "StandardAT",
 ]
