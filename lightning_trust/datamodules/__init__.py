@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_trust.datamodules.adversarial import RepeatBatches
+from lightning_trust.datamodules.adversarial import PseudoLabeledData, RepeatBatches, pseudo_labels
 from lightning_trust.datamodules.cifar import CIFAR10
 from lightning_trust.datamodules.digits import Digits
 from lightning_trust.datamodules.fashion_mnist import FashionMNIST
@@ -19,6 +19,8 @@ __all__ = [
     "ForgetSplit",
     "ImageRows",
     "ImageRowsDataModule",
+    "PseudoLabeledData",
     "RandomShiftFlip",
     "RepeatBatches",
+    "pseudo_labels",
 ]

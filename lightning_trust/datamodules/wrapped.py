@@ -93,3 +93,12 @@ class WrappedDataModule(LightningDataModule):
                 f" {type(loader).__name__}."
             )
         return loader
+
+
+def loader_settings(loader: DataLoader[Any]) -> dict[str, Any]:
+    """Settings of a user's loader that do not concern its order."""
+    keys = ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context")
+    settings = {key: getattr(loader, key) for key in keys}
+    if loader.num_workers > 0:
+        settings.update(prefetch_factor=loader.prefetch_factor, persistent_workers=loader.persistent_workers)
+    return settings
