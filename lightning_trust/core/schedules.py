@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -79,3 +80,31 @@ class Steps(Schedule):
     def value_at(self, epochs: float) -> float:
         """The value after so many epochs."""
         return self.values[sum(epochs >= milestone for milestone in self.milestones)]
+
+
+@dataclass(frozen=True)
+class Product(Schedule):
+    """The product of other schedules, such as a warm-up and the steps after it.
+
+    Args:
+        schedules: The factors, at least one.
+
+    Raises:
+        ValueError: If there are none.
+
+    Example:
+        >>> rate = Product([LinearWarmup(0.0, 1.0, epochs=5), Steps([1.0, 0.1], milestones=[25])])
+        >>> [rate.value_at(epoch) for epoch in (1, 5, 25)]
+        [0.2, 1.0, 0.1]
+
+    """
+
+    schedules: Sequence[Schedule]
+
+    def __post_init__(self) -> None:
+        if not self.schedules:
+            raise ValueError("Expected argument `schedules` to hold at least one schedule, but got none.")
+
+    def value_at(self, epochs: float) -> float:
+        """The value after so many epochs."""
+        return math.prod(schedule.value_at(epochs) for schedule in self.schedules)

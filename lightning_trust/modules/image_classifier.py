@@ -12,8 +12,10 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_trust.core.schedules import Schedule
 from lightning_trust.nn import create_network
 
 
@@ -21,7 +23,8 @@ class ImageClassifier(pl.LightningModule):
     r"""Cross-entropy training of a classifier of images, with a learning rate that falls to zero along a cosine.
 
     With :math:`T` optimizer steps in the whole run, step :math:`t = 0, \dots, T - 1` has the learning rate
-    :math:`\eta_t = \frac{\eta_0}{2} (1 + \cos(\pi t / T))` under ``schedule="cosine"``.
+    :math:`\eta_t = \frac{\eta_0}{2} (1 + \cos(\pi t / T))` under ``schedule="cosine"``, and
+    :math:`\eta_t = \eta_0 (1 - |2 t / T - 1|)`, up from zero and down again, under ``"cyclic"``.
 
     Logs ``train/loss`` per step, and ``val/loss``, ``val/acc``, ``test/loss``, ``test/acc`` (shares in [0, 1]) per
     epoch. ``predict`` gives the class probabilities, float ``(B, K)``.
@@ -39,7 +42,9 @@ class ImageClassifier(pl.LightningModule):
         network_args: Further arguments of a network given by name, e.g. ``{"widths": [8, 8]}``.
         optimizer: Called with the parameters, gives the optimizer. By default SGD with learning rate 0.1, momentum 0.9
             and weight decay 5e-4.
-        schedule: ``"cosine"`` or ``"constant"`` learning rate.
+        schedule: ``"cosine"``, ``"cyclic"`` or ``"constant"`` learning rate; or a schedule of core.schedules, whose
+            value at the epochs gone by, fractions included, multiplies the learning rate of the optimizer: a warm-up,
+            for one, is ``LinearWarmup(0.0, 1.0, epochs=5)``.
 
     Attributes:
         network: The network; it holds all parameters.
@@ -47,12 +52,13 @@ class ImageClassifier(pl.LightningModule):
     Raises:
         ValueError: If nobody knows the name of the network (close names are listed), or an argument is out of its
             range.
-        MisconfigurationException: If ``network_args`` are given with a network that is built already, or the cosine is
-            asked for in a run without an end.
+        MisconfigurationException: If ``network_args`` are given with a network that is built already, the cosine or
+            the cycle is asked for in a run without an end, or a schedule in a run whose epochs are of unknown length.
 
     Note:
         A checkpoint keeps what is plain data among the arguments, so ``load_from_checkpoint`` needs ``network`` again
-        where that was a module, and ``optimizer`` where training goes on. Under LightningCLI it keeps all.
+        where that was a module, and ``optimizer`` and a ``schedule`` that is no word where training goes on. Under
+        LightningCLI it keeps all.
 
     Example:
         >>> import torch
@@ -75,20 +81,25 @@ class ImageClassifier(pl.LightningModule):
         in_channels: int = 1,
         network_args: dict[str, Any] | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=5e-4),
-        schedule: Literal["cosine", "constant"] = "cosine",
+        schedule: Schedule | Literal["cosine", "cyclic", "constant"] = "cosine",
     ) -> None:
         super().__init__()
         if num_classes < 2:
             raise ValueError(f"Expected argument `num_classes` to be an integer of at least 2, but got {num_classes}.")
-        if schedule not in ("cosine", "constant"):
-            raise ValueError(f"Expected argument `schedule` to be 'cosine' or 'constant', but got {schedule!r}.")
+        if not isinstance(schedule, Schedule) and schedule not in ("cosine", "cyclic", "constant"):
+            raise ValueError(
+                "Expected argument `schedule` to be 'cosine', 'cyclic', 'constant' or a Schedule,"
+                f" but got {schedule!r}."
+            )
         if isinstance(network, nn.Module) and network_args:
             raise MisconfigurationException(
                 f"Argument `network_args` is for a network given by name, but got network_args={network_args} and a"
                 f" {type(network).__name__} that is built already."
             )
-        not_plain = ["optimizer"] if isinstance(network, str) else ["optimizer", "network"]
-        self.save_hyperparameters(ignore=not_plain)
+        parts = {"network": network, "schedule": schedule}
+        self.save_hyperparameters(
+            ignore=["optimizer", *(name for name, part in parts.items() if not isinstance(part, str))]
+        )
         if "_instantiator" in self.hparams:  # LightningCLI is at work and hands over plain data for every argument
             self.save_hyperparameters()
         self.network = (
@@ -136,15 +147,29 @@ class ImageClassifier(pl.LightningModule):
         self.log(f"{stage}/acc", accuracy, prog_bar=True, batch_size=rows)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer, and under ``schedule="cosine"`` its learning rate per step."""
+        """The optimizer and, unless it is constant, its learning rate per step."""
         optimizer = self._make_optimizer(self.parameters())
         if self.schedule == "constant":
             return optimizer
         steps = self.trainer.estimated_stepping_batches
-        if not math.isfinite(steps):
+        if isinstance(self.schedule, Schedule):
+            schedule = self.schedule
+            # the line above has set up the training data
+            batches = self.trainer.num_training_batches
+            if not math.isfinite(batches):
+                raise MisconfigurationException(
+                    f"schedule={schedule} needs to know the number of steps in an epoch, but the training data have no"
+                    " length. Pass `limit_train_batches`, or take schedule='constant'."
+                )
+            epoch = max(1, math.ceil(batches / self.trainer.accumulate_grad_batches))
+            scheduler: LRScheduler = LambdaLR(optimizer, lambda step: schedule.value_at(step / epoch))
+        elif not math.isfinite(steps):
             raise MisconfigurationException(
-                "schedule='cosine' needs to know the number of steps, but the Trainer has neither `max_epochs` nor"
-                " `max_steps`. Give one of them or take schedule='constant'."
+                f"schedule='{self.schedule}' needs to know the number of steps, but the Trainer has neither"
+                " `max_epochs` nor `max_steps`. Give one of them or take schedule='constant'."
             )
-        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(1, int(steps)))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cosine, "interval": "step"}}
+        elif self.schedule == "cyclic":
+            scheduler = LambdaLR(optimizer, lambda step: max(0.0, 1.0 - abs(2.0 * step / steps - 1.0)))
+        else:
+            scheduler = CosineAnnealingLR(optimizer, T_max=max(1, int(steps)))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

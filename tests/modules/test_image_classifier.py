@@ -10,6 +10,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from lightning_trust.core.schedules import LinearWarmup, Product, Steps
 from lightning_trust.datamodules import Digits, FashionMNIST
 from lightning_trust.modules import ImageClassifier
 
@@ -81,9 +82,49 @@ def test_constant_schedule(tmp_path):
     assert set(rates.seen) == {0.1}
 
 
-def test_cosine_refuses_a_run_without_end(tmp_path):
+@pytest.mark.parametrize("schedule", ["cosine", "cyclic"])
+def test_cosine_and_cycle_refuse_a_run_without_end(schedule, tmp_path):
     with pytest.raises(MisconfigurationException, match="the Trainer has neither `max_epochs` nor `max_steps`"):
-        trainer(tmp_path, max_epochs=-1).fit(tiny(), Digits(train_rows=64))
+        trainer(tmp_path, max_epochs=-1).fit(tiny(schedule=schedule), Digits(train_rows=64))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_cycle_goes_up_from_zero_and_down_again(accumulate, tmp_path):
+    rates = LearningRates()
+    run = trainer(tmp_path, max_epochs=2, callbacks=[rates], accumulate_grad_batches=accumulate, limit_val_batches=0)
+    run.fit(tiny(schedule="cyclic"), Digits(train_rows=256, batch_size=64))
+    # what torch's CyclicLR gives with half of the steps up and half down
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    cyclic = torch.optim.lr_scheduler.CyclicLR(optimizer, 0.0, 0.1, 4 // accumulate, 4 // accumulate, "triangular")
+    expected = [optimizer.param_groups[0]["lr"]]
+    for _ in range(8 // accumulate):
+        optimizer.step()
+        cyclic.step()
+        expected.append(optimizer.param_groups[0]["lr"])
+    assert rates.seen[::accumulate] == pytest.approx(expected, abs=1e-9)
+
+
+def test_warm_up_and_steps_by_fractions_of_an_epoch(tmp_path):
+    rates = LearningRates()
+    schedule = Product([LinearWarmup(0.25, 1.0, epochs=1.5), Steps([1.0, 0.1], milestones=[2])])
+    run = trainer(tmp_path, max_epochs=3, callbacks=[rates], limit_val_batches=0)
+    run.fit(tiny(schedule=schedule), Digits(train_rows=128, batch_size=32))
+    up = [0.025 + 0.075 * step / 6 for step in range(6)]
+    assert rates.seen == pytest.approx([*up, 0.1, 0.1, *[0.01] * 5])
+
+
+def test_schedule_object_stays_out_of_the_checkpoint(tmp_path):
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(tiny(schedule=LinearWarmup(0.0, 1.0, epochs=1)), Digits(train_rows=64))
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    loaded = ImageClassifier.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+    assert loaded.schedule == "cosine"
+
+
+def test_schedule_object_from_the_command_line():
+    arguments = ["--model.schedule=LinearWarmup", "--model.schedule.start=0", "--model.schedule.end=1"]
+    cli = LightningCLI(ImageClassifier, Digits, run=False, args=[*arguments, "--model.schedule.epochs=5"])
+    assert cli.model.schedule == LinearWarmup(0.0, 1.0, epochs=5)
 
 
 def test_metrics_are_those_of_the_whole_split(tmp_path):
@@ -278,7 +319,10 @@ def test_two_ranks_agree(tmp_path):
     ("arguments", "message"),
     [
         ({"num_classes": 1}, "Expected argument `num_classes` to be an integer of at least 2, but got 1."),
-        ({"schedule": "linear"}, "Expected argument `schedule` to be 'cosine' or 'constant', but got 'linear'."),
+        (
+            {"schedule": "linear"},
+            "Expected argument `schedule` to be 'cosine', 'cyclic', 'constant' or a Schedule, but got 'linear'.",
+        ),
         ({"network": "SmalCNN"}, r"but got 'SmalCNN'. Did you mean one of \['SmallCNN'"),
         ({"in_channels": 0}, "Expected argument `in_channels` to be a positive integer, but got 0."),
     ],
