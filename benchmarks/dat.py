@@ -1,0 +1,188 @@
+"""The small experiment of distributed adversarial training: large batches, few bits, few labels.
+
+    python -m benchmarks.dat [--smoke]
+
+Fashion-MNIST, a small CNN, linf radius 0.1, PGD-10 in training and PGD-20 in the test, two gloo ranks in this machine:
+
+* ``batch``: batch 1,536 with LAMB, with SGD whose learning rate is scaled to the batch, and SGD at batch 128;
+* ``bits``: the same LAMB run with gradients exchanged in 8 bits, in 8 bits two-sided, and in 4;
+* ``labels``: 1,000 labels alone, and with 10,000 more rows that a clean-trained teacher labelled.
+
+:func:`rows` gives one dict a run; learning rates stand in :data:`RUNS`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# before any operation: a process that has run threaded ones hangs once it is forked
+torch.set_num_threads(1)
+
+import lightning.pytorch as pl  # noqa: E402
+
+from lightning_trust.attacks import PGD  # noqa: E402
+from lightning_trust.callbacks import AdversarialTraining, QuantizedAllReduce, RobustEvaluation  # noqa: E402
+from lightning_trust.core.schedules import LinearWarmup, Product, Schedule, Steps  # noqa: E402
+from lightning_trust.datamodules import FashionMNIST, PseudoLabeledData  # noqa: E402
+from lightning_trust.modules import ImageClassifier  # noqa: E402
+from lightning_trust.optim import LAMB  # noqa: E402
+
+EPS = 0.1
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: what differs between the rows of the table.
+
+    ``batch`` is that of all ranks together, ``labels`` the number of rows with labels, ``pseudo`` of those without.
+    """
+
+    scenario: str
+    optimizer: str
+    lr: float
+    batch: int
+    labels: int = 12000
+    pseudo: int = 0
+    epochs: int = 15
+    reduce: dict[str, Any] | None = field(default=None)
+
+
+#: SGD's learning rate is 0.05 a 128 rows; LAMB's is the paper's
+RUNS: dict[str, Run] = {
+    "sgd_128": Run("batch", "sgd", 0.05, 128),
+    "sgd_1536": Run("batch", "sgd", 0.6, 1536),
+    "lamb_1536": Run("batch", "lamb", 0.01, 1536),
+    "lamb_1536_8_bits": Run("bits", "lamb", 0.01, 1536, reduce={"bits": 8}),
+    "lamb_1536_8_bits_two_sided": Run("bits", "lamb", 0.01, 1536, reduce={"bits": 8, "two_sided": True}),
+    "lamb_1536_4_bits": Run("bits", "lamb", 0.01, 1536, reduce={"bits": 4}),
+    "labels": Run("labels", "sgd", 0.05, 128, labels=1000),
+    "labels_and_pseudo_labels": Run("labels", "sgd", 0.05, 128, labels=1000, pseudo=10000),
+}
+
+
+class _Bytes(pl.Callback):
+    """Brings the bytes sent out of the process of rank 0."""
+
+    def __init__(self, path: Path, callback: QuantizedAllReduce) -> None:
+        self.path = path
+        self.callback = callback
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            found = {"bytes_sent": self.callback.bytes_sent, "bytes_float32": self.callback.bytes_float32}
+            self.path.write_text(json.dumps(found))
+
+
+def schedule(epochs: int) -> Schedule:
+    """The card's: a warm-up, then three drops, shrunk to the length of the run."""
+    warm = LinearWarmup(0.0, 1.0, epochs=max(1.0, epochs / 6))
+    return Product([warm, Steps([1.0, 0.1, 0.01], milestones=[0.7 * epochs, 0.9 * epochs])])
+
+
+def _optimizer(run: Run) -> Any:
+    if run.optimizer == "lamb":
+        return partial(LAMB, lr=run.lr)
+    return partial(torch.optim.SGD, lr=run.lr, momentum=0.9, weight_decay=5e-4)
+
+
+def _classifier(run: Run, seed: int) -> ImageClassifier:
+    pl.seed_everything(seed, verbose=False)
+    return ImageClassifier("SmallCNN", optimizer=_optimizer(run), schedule=schedule(run.epochs))
+
+
+def _data(run: Run, seed: int, ranks: int, test_rows: int) -> pl.LightningDataModule:
+    settings: dict[str, Any] = {"batch_size": run.batch // ranks, "val_rows": 1000, "test_rows": test_rows}
+    labeled = FashionMNIST(train_rows=run.labels, **settings)
+    if not run.pseudo:
+        return labeled
+    # fewer training rows are a part of more: the labels of these are hidden, and 1,000 of them are seen with labels too
+    unlabeled = FashionMNIST(train_rows=run.labels + run.pseudo, **settings)
+    teacher = _classifier(run, seed)
+    trainer = pl.Trainer(**QUIET, max_epochs=2 * run.epochs, limit_val_batches=0)
+    trainer.fit(teacher, datamodule=FashionMNIST(train_rows=run.labels, **{**settings, "batch_size": run.batch}))
+    return PseudoLabeledData(labeled, unlabeled, teacher=teacher, unlabeled_fraction=0.5, seed=seed)
+
+
+def measured(run: Run, seed: int, ranks: int = 2, steps: int = 10, test_rows: int = 1000) -> dict[str, Any]:
+    """Train and test one run: accuracies in [0, 1], seconds of the fit, bytes that a rank sent."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data = _data(run, seed, ranks, test_rows)
+        classifier = _classifier(run, seed)
+        callbacks: list[pl.Callback] = [AdversarialTraining(PGD(eps=EPS, steps=steps))]
+        if run.reduce is not None:
+            hook = QuantizedAllReduce(**run.reduce)
+            callbacks += [hook, _Bytes(folder / "bytes.json", hook)]
+        trainer = pl.Trainer(
+            **QUIET,
+            devices=ranks,
+            strategy="ddp_fork" if ranks > 1 else "auto",
+            max_epochs=run.epochs,
+            limit_val_batches=0,
+            callbacks=callbacks,
+            default_root_dir=folder,
+        )
+        start = time.perf_counter()
+        trainer.fit(classifier, datamodule=data)
+        found: dict[str, Any] = {"seconds": time.perf_counter() - start}
+        evaluation = RobustEvaluation({"pgd": PGD(eps=EPS, steps=20)}, folder=name)
+        tester = pl.Trainer(**QUIET, devices=1, callbacks=[evaluation], default_root_dir=folder)
+        (result,) = tester.test(classifier, datamodule=copy.copy(data), verbose=False)
+        found["clean_acc"] = result["trust/clean_acc"]
+        found["robust_acc"] = result["trust/robust_acc/pgd"]
+        if (folder / "bytes.json").is_file():
+            found.update(json.loads((folder / "bytes.json").read_text()))
+        return found
+
+
+def rows(
+    seeds: tuple[int, ...] = (1, 2, 3), runs: dict[str, Run] | None = None, **settings: Any
+) -> Iterator[dict[str, Any]]:
+    """One dict a run and seed: ``run``, ``seed``, ``scenario`` and what :func:`measured` gives."""
+    for seed in seeds:
+        for name, run in (runs or RUNS).items():
+            yield {"run": name, "seed": seed, "scenario": run.scenario, **measured(run, seed, **settings)}
+
+
+def smoke() -> dict[str, Run]:
+    """Every run, on few rows and for one epoch."""
+    return {
+        name: Run(run.scenario, run.optimizer, run.lr, 32, 64, 64 if run.pseudo else 0, 1, run.reduce)
+        for name, run in RUNS.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="few rows, one epoch, one seed: to see that it runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    found = rows((1,), smoke(), steps=2, test_rows=20) if arguments.smoke else rows(tuple(arguments.seeds))
+    for row in found:
+        print(json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}))
+
+
+if __name__ == "__main__":
+    main()
