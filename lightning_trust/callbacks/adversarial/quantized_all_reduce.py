@@ -351,6 +351,9 @@ class QuantizedAllReduce(HostCallback):
         if not norms or getattr(trainer.precision_plugin, "scaler", None) is not None:
             return
         if norms[0][1].is_cuda:
+            for _, each in norms:
+                # they were made on the stream of the exchange
+                each.record_stream(torch.cuda.current_stream())
             # one step late, so that the host does not wait for the device to end this one
             norms, self._late = self._late, [(names, each.to("cpu", non_blocking=True)) for names, each in norms]
             if self._copied is not None:

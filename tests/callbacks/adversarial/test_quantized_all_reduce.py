@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.multiprocessing import ProcessRaisedException
@@ -151,6 +152,38 @@ def test_error_feedback_makes_up_for_what_was_taken_off(tmp_path):
         # at most a level of a tensor that is about as long as the gradient
         assert (mean - true).abs().max() <= 6.0 * true.norm() / 31 / steps
     assert (repaid.mean(0) - exact).norm() < 0.5 * (plain.mean(0) - exact).norm()
+
+
+@pytest.mark.parametrize("two_sided", [False, True])
+def test_draws_do_not_depend_on_how_ddp_groups_the_tensors(tmp_path, two_sided):
+    """One bucket for all tensors or one for each: the same numbers, and so the same weights, bit for bit."""
+    weights, buckets = [], []
+    for place, megabytes in enumerate((25, 1e-4)):
+        folder = tmp_path / str(place)
+        folder.mkdir()
+        callback = QuantizedAllReduce(4, two_sided, error_feedback=True)
+        strategy: Any = DDPStrategy(start_method="fork", bucket_cap_mb=megabytes)
+        trainer = pl.Trainer(
+            **QUIET, devices=2, strategy=strategy, callbacks=[callback, Layouts(folder, callback)], max_epochs=1
+        )
+        host = Host()
+        trainer.fit(host, datamodule=Data(batch_size=BATCH // 2))
+        weights.append(host.state_dict())
+        buckets.append(torch.load(folder / "layouts.pt", weights_only=True))
+    assert_equal_states(*weights)
+    assert max(map(len, buckets[0])) == TENSORS
+    assert len(buckets[1]) > len(buckets[0])
+
+
+class Layouts(Callback):
+    """Brings the names of the tensors in each bucket out of rank 0."""
+
+    def __init__(self, folder, callback):
+        self.path, self.callback = folder / "layouts.pt", callback
+
+    def on_train_end(self, trainer, pl_module):
+        if trainer.is_global_zero:
+            torch.save([list(names) for names in self.callback._layouts], self.path)
 
 
 # -- bytes -------------------------------------------------------------------------------------------------------------
@@ -305,6 +338,25 @@ class Breaks(Host):
 def test_nan_is_refused_by_name(tmp_path, two_sided):
     with pytest.raises(ProcessRaisedException, match=r"got NaN or infinity in 'net\.3\.bias' on rank 1"):
         fit_on_two_ranks(tmp_path, Breaks(), Data(batch_size=BATCH // 2), [QuantizedAllReduce(two_sided=two_sided)])
+
+
+def test_step_that_a_scaler_skips_leaves_no_trace(tmp_path):
+    """Under a gradient scaler what is not finite is the scaler's to skip, and feedback does not keep it."""
+    callback = QuantizedAllReduce(error_feedback=True)
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=256.0))
+    found = fit_on_two_ranks(
+        tmp_path,
+        Breaks(),
+        Data(batch_size=BATCH // 2),
+        [callback],
+        lambda trainer, module: (trainer.precision_plugin.scaler.get_scale(), module.state_dict(), callback._feedback),
+        max_epochs=1,
+        plugins=[plugin],
+    )
+    for scale, weights, feedback in found:
+        assert scale == 128.0
+        assert all(value.isfinite().all() for value in (*weights.values(), *feedback.values()))
+    assert_equal_states(found[0][1], found[1][1])
 
 
 def test_sparse_gradients_are_refused(tmp_path):
