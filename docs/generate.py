@@ -17,6 +17,7 @@ from typing import Any
 
 import lightning_trust.callbacks
 import lightning_trust.datamodules
+import lightning_trust.optim
 from benchmarks.results import Result
 from lightning_trust.catalog import METHODS, method
 from lightning_trust.core.files import read_json
@@ -25,6 +26,8 @@ from lightning_trust.report.table import percent, seconds
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+#: whose classes have tables of arguments
+ROOMS = (lightning_trust.callbacks, lightning_trust.datamodules, lightning_trust.optim)
 NOT_YET = "Not measured yet."
 NOTE = (
     "UA, RA, TA and MIA in percent: unlearning accuracy (share of the forgotten rows that the model gets wrong),"
@@ -231,7 +234,7 @@ def _where(result: Result) -> str:
 
 # -- what a class takes ------------------------------------------------------------------------------------------------
 def _arguments(name: str) -> str:
-    room = next(room for room in (lightning_trust.callbacks, lightning_trust.datamodules) if name in room.__all__)
+    room = next(room for room in ROOMS if name in room.__all__)
     kind = getattr(room, name)
     words = _described(inspect.getdoc(kind) or "")
     rows = []

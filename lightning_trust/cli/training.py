@@ -28,7 +28,8 @@ from torch.optim import Optimizer
 import lightning_trust.callbacks
 import lightning_trust.datamodules
 import lightning_trust.modules
-import lightning_trust.nn  # noqa: F401
+import lightning_trust.nn
+import lightning_trust.optim  # noqa: F401
 from lightning_trust.cli.configs import check_order
 
 
