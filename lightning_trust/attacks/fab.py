@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_trust.attacks.apgd import check_target_classes, ranked_classes
 from lightning_trust.attacks.attack import Problem
+from lightning_trust.attacks.deepfool import lead_slopes
 from lightning_trust.attacks.search import Remaining, SearchAttack, check_open, check_search
 from lightning_trust.core.space import InputSpace
 from lightning_trust.functional.adversarial.projections import (
@@ -161,17 +162,7 @@ class FAB(SearchAttack):
         if problem.goal is not None:
             slope, ahead, _ = self.gradient(problem, moved, step)
             return -ahead, slope
-        place = moved.detach().requires_grad_()
-        outputs = problem.model(place)
-        classes = outputs.shape[1]
-        ahead = outputs - outputs.gather(1, problem.targets[:, None])
-        slopes = torch.stack(
-            [
-                torch.autograd.grad(ahead[:, index].sum(), place, retain_graph=index < classes - 1)[0]
-                for index in range(classes)
-            ]
-        )
-        ahead = ahead.detach()
+        ahead, slopes = lead_slopes(problem, moved)
         lengths = torch.stack([norm_of(slope, _DUAL[self.norm]) for slope in slopes], dim=1)
         distances = (ahead.abs() / (lengths + 1e-12)).scatter(1, problem.targets[:, None], torch.inf)
         nearest = distances.argmin(dim=1)

@@ -16,6 +16,7 @@ from lightning_trust.functional.adversarial.projections import Norm, norm_of, pe
 
 # after these iterations (of 10,000) the share of the image that a window covers is halved
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+_BLOCK = 64
 
 
 class Square(SearchAttack):
@@ -109,7 +110,10 @@ class Square(SearchAttack):
     def _run(self, problem: Problem) -> tuple[Tensor, Tensor]:
         remaining = Remaining(problem.inputs.clone())
         broken = torch.zeros(len(problem), dtype=torch.bool, device=problem.inputs.device)
-        best = self._start(problem)
+        x, best = problem.inputs, self._start(problem)
+        lowest, highest = problem.clip(x - self.eps), problem.clip(x + self.eps)
+        # drawn for many queries at a time: a call costs more than its numbers
+        bits = problem.targets.new_empty(len(problem), 0)
         outputs = problem.outputs(best)
         value, done = self.values(outputs, problem), problem.fooled(outputs)
         for query in range(self.n_queries + 1):
@@ -119,29 +123,25 @@ class Square(SearchAttack):
                 stay = remaining.drop(done)
                 if not len(stay):
                     return remaining.found, broken
-                problem, best, value, done = problem.rows(stay), best[stay], value[stay], done[stay]
+                problem, best, value, done, bits = problem.rows(stay), best[stay], value[stay], done[stay], bits[stay]
+                x, lowest, highest = problem.inputs, lowest[stay], highest[stay]
             if query == self.n_queries:
                 break
-            new = self._proposal(problem, best, query)
-            asked = (new != best).flatten(1).any(dim=1)
-            if bool(asked.all()):
-                outputs = problem.outputs(new)
-                values, fooled = self.values(outputs, problem), problem.fooled(outputs)
-                kept = fooled | (values > value)
-                best = torch.where(per_sample(kept, best), new, best)
-                value = torch.where(kept, values, value)
-                done = fooled
-                continue
-            places = asked.nonzero().squeeze(1)
+            turn = query % _BLOCK
+            if not turn:
+                bits = problem.draws.bits(_BLOCK, 5 + x.shape[1])
+            new = self._proposal(problem, lowest, highest, best, bits[:, turn], query)
+            places = (new != best).flatten(1).any(dim=1).nonzero().squeeze(1)
             if not len(places):
                 continue
-            some = problem.rows(places)
-            outputs = some.outputs(new[places])
+            whole = len(places) == len(problem)
+            some, points = (problem, new) if whole else (problem.rows(places), new[places])
+            outputs = some.outputs(points)
             values, fooled = self.values(outputs, some), some.fooled(outputs)
-            kept = fooled | (values > value[places])
-            best[places[kept]] = new[places[kept]]
-            value[places[kept]] = values[kept]
-            done[places] = fooled
+            kept = (fooled | (values > (value if whole else value[places]))).nonzero().squeeze(1)
+            if len(kept):
+                rows = kept if whole else places[kept]
+                best[rows], value[rows], done[rows] = points[kept], values[kept], fooled[kept]
         remaining.put(torch.ones_like(done), best)
         return remaining.found, broken
 
@@ -173,19 +173,19 @@ class Square(SearchAttack):
             return x + project_l1_box(x, delta, self.eps * (1.0 - 1e-6), problem.low, problem.high)
         return problem.clip(x + delta * per_sample(self.eps / norm_of(delta, "l2").clamp_min(1e-12), x))
 
-    def _proposal(self, problem: Problem, best: Tensor, query: int) -> Tensor:
+    def _proposal(
+        self, problem: Problem, lowest: Tensor, highest: Tensor, best: Tensor, bits: Tensor, query: int
+    ) -> Tensor:
         x = problem.inputs
         _, channels, height, width = x.shape
         side = math.sqrt(self.share(query) * height * width)
         if self.norm == "linf":
             size = min(max(round(side), 1), height, width)
-            bits = problem.draws.bits(2 + channels)
             inside = _window(bits[:, 0], bits[:, 1], size, height, width)
-            up = (bits[:, 2:] >> 40 & 1).bool()[:, :, None, None]
-            return torch.where(inside, problem.clip(torch.where(up, x + self.eps, x - self.eps)), best)
+            up = (bits[:, 5:] >> 40 & 1).bool()[:, :, None, None]
+            return torch.where(inside, torch.where(up, highest, lowest), best)
         size = max(round(side), 3)
         size = min(size + 1 - size % 2, height, width)
-        bits = problem.draws.bits(5 + channels)
         signs = ((bits[:, 5:] >> 40 & 1).to(x.dtype) * 2.0 - 1.0)[:, :, None, None]
         to, cleared = (_window(bits[:, at], bits[:, at + 1], size, height, width) for at in (0, 2))
         form = _bump(size, self.norm, x)

@@ -1,10 +1,16 @@
 """Adversarial robustness: projections, losses and objectives."""
 
+from lightning_trust.functional.adversarial.black_box import (
+    antithetic_gradient,
+    dct_matrix,
+    forward_difference_gradient,
+)
 from lightning_trust.functional.adversarial.confidence import wilson_interval
 from lightning_trust.functional.adversarial.grad_align import gradient_misalignment
 from lightning_trust.functional.adversarial.losses import dlr_loss, dlr_loss_targeted, kl_divergence, margin
 from lightning_trust.functional.adversarial.mart import mart_loss
 from lightning_trust.functional.adversarial.projections import (
+    hyperplane_step,
     linear_minimiser,
     norm_of,
     project_l1,
@@ -22,10 +28,14 @@ from lightning_trust.functional.adversarial.quantisation import (
 from lightning_trust.functional.adversarial.trades import trades_kl
 
 __all__ = [
+    "antithetic_gradient",
+    "dct_matrix",
     "dequantise",
     "dlr_loss",
     "dlr_loss_targeted",
+    "forward_difference_gradient",
     "gradient_misalignment",
+    "hyperplane_step",
     "kl_divergence",
     "linear_minimiser",
     "margin",

@@ -194,20 +194,19 @@ def hyperplane_step(
         length = torch.zeros_like(room).scatter_(1, order, taken)
     else:
         speed = slope if norm == "l2" else torch.ones_like(slope)
-        gain = slope * speed
-        # an entry that gains nothing never reaches its room
-        kinks, order = torch.where(gain > 0, room / speed.clamp_min(1e-30), torch.inf).sort(dim=1)
-        gain = gain.gather(1, order)
-        kinks = kinks.masked_fill(gain <= 0, 0.0)
-        full = gain * kinks
-        before = full.cumsum(dim=1) - full
-        rate = gain.flip(1).cumsum(dim=1).flip(1)
-        # the last kink before which the gap is not closed starts the piece that closes it
-        piece = ((before + kinks * rate < gap) & (gain > 0)).sum(dim=1, keepdim=True)
-        inside = piece.clamp_max(gain.shape[1] - 1)
-        factor = (gap - before.gather(1, inside)) / rate.gather(1, inside).clamp_min(1e-30)
-        beyond = piece == (gain > 0).sum(dim=1, keepdim=True)
-        factor = torch.where(beyond, torch.inf, factor.clamp_min(0.0))
+        gain, full = slope * speed, slope * room
+        kinks = room / speed.clamp_min(1e-30)
+        # what is gained is concave in the factor: Newton's steps from below never pass the solution, and end in it
+        factor = gap / gain.sum(dim=1, keepdim=True).clamp_min(1e-30)
+        for _ in range(gain.shape[1]):
+            spent = kinks <= factor
+            left = gap - full.masked_fill(~spent, 0.0).sum(dim=1, keepdim=True)
+            rate = gain.masked_fill(spent, 0.0).sum(dim=1, keepdim=True)
+            further = torch.where(rate > 0, left / rate.clamp_min(1e-30), torch.inf)
+            # also where rounding would turn back
+            if not bool((further > factor).any()):
+                break
+            factor = torch.maximum(factor, further)
         length = torch.minimum(torch.where(slope > 0, factor * speed, torch.zeros_like(speed)), room)
     return (way * length).view_as(inputs)
 
