@@ -56,6 +56,8 @@ class RobustEvaluation(HostCallback):
 
     Args:
         attacks: The attacks by the name under which they are logged.
+        stage: In which evaluations: ``"validate"`` (within a fit as well), ``"test"`` or ``"both"``. A fit may have a
+            cheap attack in validation and a strong one, in a second callback with a ``name``, in its test.
         every_n_epochs: In which epochs of a fit the validation is attacked; in the others the last figures are logged
             again.
         max_samples: At most so many samples are attacked, drawn from all by ``seed``: the same ones whatever the batch
@@ -94,6 +96,7 @@ class RobustEvaluation(HostCallback):
     def __init__(
         self,
         attacks: dict[str, Attack],
+        stage: Literal["validate", "test", "both"] = "both",
         every_n_epochs: int = 1,
         max_samples: int | None = None,
         resume_dir: str | None = None,
@@ -122,7 +125,10 @@ class RobustEvaluation(HostCallback):
             raise ValueError(
                 f"Expected argument `eps_curve` to be different positive radii, but got {list(eps_curve)}."
             )
+        if stage not in ("validate", "test", "both"):
+            raise ValueError(f"Expected argument `stage` to be 'validate', 'test' or 'both', but got {stage!r}.")
         self.attacks = dict(attacks)
+        self.stage = stage
         self.every_n_epochs = every_n_epochs
         self.max_samples = max_samples
         self.resume_dir = resume_dir
@@ -204,18 +210,19 @@ class RobustEvaluation(HostCallback):
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Attack a batch."""
-        if self._due(trainer):
+        if self._due(trainer) and self.stage != "test":
             self._evaluate(trainer, pl_module, batch, batch_idx, dataloader_idx, "validate")
 
     def on_test_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Attack a batch."""
-        self._evaluate(trainer, pl_module, batch, batch_idx, dataloader_idx, "test")
+        if self.stage != "validate":
+            self._evaluate(trainer, pl_module, batch, batch_idx, dataloader_idx, "test")
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the accuracies."""
-        if trainer.sanity_checking:
+        if trainer.sanity_checking or self.stage == "test":
             return
         if self._due(trainer):
             self._last = self._figures()
@@ -223,6 +230,8 @@ class RobustEvaluation(HostCallback):
 
     def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the accuracies, print them with their intervals, and write the record."""
+        if self.stage == "validate":
+            return
         self._last = self._figures()
         pl_module.log_dict(self._last)
         if 0 not in self._metrics:

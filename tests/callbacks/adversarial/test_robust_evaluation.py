@@ -115,6 +115,18 @@ def test_monitored_by_checkpoint_and_early_stopping(tmp_path):
     assert len(callbacks[1]._epoch_seconds) == 3
 
 
+def test_a_cheap_attack_in_validation_and_a_strong_one_in_test(tmp_path):
+    cheap = RobustEvaluation({"fgsm": FGSM(eps=0.1)}, stage="validate", name="cheap")
+    strong = RobustEvaluation({"pgd": PGD(eps=0.1, steps=2)}, stage="test", name="strong")
+    trainer = pl.Trainer(max_epochs=1, callbacks=[cheap, strong], default_root_dir=tmp_path, **QUIET)
+    host, loader = Evaluated(), DataLoader(images(), batch_size=8)
+    trainer.fit(host, loader, loader)
+    logged = {name for name in trainer.callback_metrics if name.startswith("trust/")}
+    assert logged == {"trust/clean_acc", "trust/robust_acc/fgsm", "trust/robust_acc/union"}
+    (found,) = trainer.test(host, loader, verbose=False)
+    assert set(found) == {"trust/clean_acc", "trust/robust_acc/pgd", "trust/robust_acc/union"}
+
+
 def test_some_samples_are_the_same_whatever_the_batch_size(tmp_path):
     host = trained()
     callbacks = [RobustEvaluation(ATTACKS, max_samples=13, seed=4) for _ in range(2)]
@@ -193,7 +205,13 @@ def test_bad_input(tmp_path):
         RobustEvaluation({})
     with pytest.raises(ValueError, match="other than 'clean' and 'union'"):
         RobustEvaluation({"union": FGSM()})
-    for arguments in ({"every_n_epochs": 0}, {"max_samples": 0}, {"repeats": 0}, {"eps_curve": [0.1, -1.0]}):
+    for arguments in (
+        {"stage": "fit"},
+        {"every_n_epochs": 0},
+        {"max_samples": 0},
+        {"repeats": 0},
+        {"eps_curve": [0.1, -1.0]},
+    ):
         with pytest.raises(ValueError, match=f"`{next(iter(arguments))}`"):
             RobustEvaluation(ATTACKS, **arguments)
     with pytest.raises(ValueError, match="Did you mean 8/255"):
