@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -98,8 +99,9 @@ class Square(SearchAttack):
                 f"Expected images of shape (N, C, H, W) for Square, but got shape {tuple(problem.inputs.shape)}."
             )
         remaining = Remaining(problem.inputs.clone())
-        for _ in range(self.restarts):
-            found, broken = self._run(problem)
+        for restart in range(self.restarts):
+            # a stream of its own: how far the last one went depends on when samples left
+            found, broken = self._run(replace(problem, draws=problem.draws.stream("restart", restart)))
             remaining.put(torch.ones_like(broken), found)
             stay = remaining.drop(broken)
             if not len(stay):

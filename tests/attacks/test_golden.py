@@ -23,7 +23,7 @@ def test_attack_equals_its_golden_tensor(name):
 
 
 def test_golden_attacks_do_something():
-    images, targets = samples()
+    _, targets = samples()
     golden = load_file(FILE)
     assert golden.keys() == CASES.keys()
     for name in ("cw", "deepfool"):
