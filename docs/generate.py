@@ -3,7 +3,8 @@
     python -m docs.generate
 
 A generated part stands between ``<!-- generated: WHAT -->`` and ``<!-- end -->``, where WHAT is one of: ``methods``;
-``demo``; ``results``; ``result METHOD``; ``overhead``; ``arguments CLASS``; ``papers METHOD``; ``file PATH``.
+``demo``; ``results``; ``robustness``; ``result METHOD``; ``overhead``; ``arguments CLASS``; ``papers METHOD``;
+``file PATH``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import lightning_trust.callbacks
 import lightning_trust.datamodules
 import lightning_trust.optim
 from benchmarks.results import Result
-from lightning_trust.catalog import METHODS, method
+from benchmarks.robustness_results import RobustnessResult, RobustnessRow
+from lightning_trust.catalog import METHODS, MethodEntry, method
 from lightning_trust.core.files import read_json
 from lightning_trust.core.records import METRICS, metrics_gap
 from lightning_trust.report.table import percent, seconds
@@ -67,7 +69,8 @@ def _part(what: str, page: Path) -> str:
         "methods": lambda: _methods(page),
         "demo": lambda: _result(RESULTS / "unlearning" / "demo.json"),
         "results": lambda: _results(page),
-        "result": lambda: _result(ROOT / method(argument).results),
+        "robustness": lambda: _robustness(ROOT / method("adversarial-training").results),
+        "result": lambda: _result_of(method(argument)),
         "overhead": lambda: _overhead(RESULTS / "overhead.json"),
         "arguments": lambda: _arguments(argument),
         "papers": lambda: "\n".join(f"- *{paper.title}.* {paper.venue}." for paper in method(argument).papers),
@@ -103,6 +106,15 @@ def _methods(page: Path) -> str:
     return _table(["Method", "Family", "What it does", "Classes", "Papers"], rows)
 
 
+def _forgets(entry: MethodEntry) -> bool:
+    """Whether the small experiment of a method compares with Retrain."""
+    return entry.family in ("pruning", "unlearning")
+
+
+def _result_of(entry: MethodEntry) -> str:
+    return (_result if _forgets(entry) else _robustness)(ROOT / entry.results)
+
+
 # -- what was measured -------------------------------------------------------------------------------------------------
 def _result(path: Path) -> str:
     if not path.is_file():
@@ -131,7 +143,8 @@ def _result(path: Path) -> str:
 
 def _results(page: Path) -> str:
     rows = []
-    for entry in METHODS:
+    entries = [entry for entry in METHODS if _forgets(entry)]
+    for entry in entries:
         words = _link(entry.name, entry.docs, page)
         path = ROOT / entry.results
         if not path.is_file():
@@ -164,9 +177,44 @@ def _results(page: Path) -> str:
         "Another Retrain",
         "Share of Retrain's time",
     ]
-    results = [Result.read(ROOT / entry.results) for entry in METHODS if (ROOT / entry.results).is_file()]
+    results = [Result.read(ROOT / entry.results) for entry in entries if (ROOT / entry.results).is_file()]
     where = "\n".join(dict.fromkeys(_where(result) for result in results))
     return f"{_table(head, rows, 3)}\n\n{where}"
+
+
+def _robustness(path: Path) -> str:
+    if not path.is_file():
+        return NOT_YET
+    result = RobustnessResult.read(path)
+    attacks = [name for name in result.rows[0].accuracy if name not in ("clean", "union")]
+    head = ["Training", "Clean", *attacks, "Union", "95 % interval of union", "Seconds an epoch"]
+    rows = []
+    for run in dict.fromkeys(row.run for row in result.rows):
+        own = [row for row in result.rows if row.run == run]
+        timed = [row.epoch_seconds for row in own if row.epoch_seconds is not None]
+        rows.append(
+            [
+                run,
+                *(_share(own, name) for name in ["clean", *attacks, "union"]),
+                _interval(own),
+                seconds(timed[0]) if timed else "not measured",
+            ]
+        )
+    samples = sorted({row.samples for row in result.rows})
+    words = "Accuracies in percent; union: correct under every attack. Intervals: Wilson, of one network's samples"
+    counts = ", ".join(map(str, samples))
+    return f"{_table(head, rows, len(head) - 1)}\n\n{_where(result)} {words} (n = {counts})."
+
+
+def _share(rows: list[RobustnessRow], name: str) -> str:
+    return f"{100 * sum(row.accuracy[name] for row in rows) / len(rows):.1f}"
+
+
+def _interval(rows: list[RobustnessRow]) -> str:
+    if len(rows) > 1:
+        return "; ".join(f"seed {row.seed}: {100 * row.accuracy['union']:.1f}" for row in rows)
+    low, high = rows[0].intervals["union"]
+    return f"{100 * low:.1f} to {100 * high:.1f}"
 
 
 def _overhead(path: Path) -> str:
@@ -222,7 +270,7 @@ def _number(value: float | None, places: int) -> str:
     return "" if value is None else f"{value:.{places}f}"
 
 
-def _where(result: Result) -> str:
+def _where(result: Result | RobustnessResult) -> str:
     seeds = "seed" if len(result.seeds) == 1 else "means over seeds"
     device = result.hardware.get("accelerator") or f"{result.hardware['cpu']}, {result.hardware['cores']} cores"
     versions = ", ".join(

@@ -13,15 +13,18 @@ import torch
 import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+import lightning_trust.attacks
 import lightning_trust.callbacks
 import lightning_trust.datamodules
 import lightning_trust.modules
 import lightning_trust.nn
+import lightning_trust.optim
 from lightning_trust.catalog import METHODS
 from lightning_trust.cli import main
 from lightning_trust.cli.training import TrainingCLI
 from lightning_trust.core.records import RunRecord
-from lightning_trust.datamodules import ForgetSplit
+from lightning_trust.core.robustness_record import RobustnessRecord
+from lightning_trust.datamodules import ForgetSplit, RepeatBatches
 from lightning_trust.report import collect
 
 ROOT = Path(__file__).parents[1]
@@ -44,11 +47,23 @@ TINY = {
 }
 FLAGS = [f"--{key}={value}" for key, value in TINY.items()]
 SECTIONS = ["seed_everything", "model", "data", "data_wrapper", "trainer", "optimizer", "lr_scheduler"]
-ROOMS = (lightning_trust.callbacks, lightning_trust.datamodules, lightning_trust.modules, lightning_trust.nn)
+ROOMS = (
+    lightning_trust.attacks,
+    lightning_trust.callbacks,
+    lightning_trust.datamodules,
+    lightning_trust.modules,
+    lightning_trust.nn,
+    lightning_trust.optim,
+)
 
 
 def name_of(path):
     return path.relative_to(CONFIGS).as_posix()
+
+
+def robust(path):
+    """Whether a configuration is one of adversarial robustness; the others prune or forget."""
+    return "adversarial" in path.parts
 
 
 def read(path):
@@ -95,8 +110,10 @@ def place(tmp_path, monkeypatch, trained):
 # -- small runs --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("path", SMALL, ids=name_of)
 def test_small_configuration_runs(path, place, capsys):
-    cli = main(["fit", f"--config={path}", *FLAGS])
-    assert cli.trainer.global_step == 1
+    # ranks in one process each are Lightning's affair; tests of the callbacks have two
+    cli = main(["fit", f"--config={path}", *FLAGS, "--trainer.devices=1", "--trainer.strategy=auto"])
+    replays = (read(path).get("data_wrapper") or {}).get("init_args", {}).get("replays", 1)
+    assert cli.trainer.global_step == replays
     folder = Path(read(path)["trainer"]["default_root_dir"])
     # the unlearned model is there, under the names of the one that came in
     state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
@@ -104,7 +121,7 @@ def test_small_configuration_runs(path, place, capsys):
     if path in METHOD_OF:
         attached = [type(callback).__name__ for callback in cli.trainer.callbacks]
         assert METHOD_OF[path].classes[0].rpartition(".")[2] in attached
-    if "data_wrapper" in read(path):
+    if "data_wrapper" in read(path) and not robust(path):
         record = RunRecord.read(folder)
         assert record.scenario == "random 10 %"
         assert record.forget["forget"] == 6
@@ -118,7 +135,7 @@ def test_a_second_run_replaces_the_checkpoint(path):
     assert checkpoint["init_args"] == {"save_top_k": 0, "save_last": True, "enable_version_counter": False}
 
 
-@pytest.mark.parametrize("path", [path for path in SMALL if path != BASE], ids=name_of)
+@pytest.mark.parametrize("path", [path for path in SMALL if path != BASE and not robust(path)], ids=name_of)
 def test_small_runs_differ_from_the_existing_one_in_what_they_say(path):
     base, content = read(BASE), read(path)
     scratch = "Retrain" in path.read_text(encoding="utf-8").splitlines()[0]
@@ -128,6 +145,40 @@ def test_small_runs_differ_from_the_existing_one_in_what_they_say(path):
     assert content["data"] == base["data"]
     epochs = [each["trainer"]["max_epochs"] for each in (base, content)]
     assert epochs[1] == epochs[0] if scratch else epochs[1] <= epochs[0] / 5
+
+
+@pytest.mark.parametrize("path", [path for path in SMALL if robust(path)], ids=name_of)
+def test_robust_runs_are_the_existing_one_made_robust(path):
+    base, content = read(BASE), read(path)
+    large = "dat" in path.name
+    for each in (base, content):
+        if large:
+            # large batches are the point of it
+            each["data"]["init_args"].pop("batch_size")
+            each["model"]["init_args"].pop("optimizer"), each["model"]["init_args"].pop("schedule")
+    assert content["model"] == base["model"]
+    assert content["data"] == base["data"]
+    (evaluation,) = [node for node in classes(content) if node["class_path"] == "RobustEvaluation"]
+    assert list(evaluation["init_args"]["attacks"]) == ["pgd50", "autoattack"]
+    assert {attack["init_args"]["eps"] for attack in evaluation["init_args"]["attacks"].values()} == {0.1}
+    assert evaluation["init_args"]["max_samples"] == 500
+
+
+def test_robust_run_is_tested_as_its_header_says(place, capsys):
+    path = CONFIGS / "adversarial" / "robust_evaluation.yaml"
+    main(["fit", f"--config={path}", *FLAGS])
+    checkpoint = Path(read(path)["trainer"]["default_root_dir"], "checkpoints", "last.ckpt")
+    # a short AutoAttack on a few rows, without the self-test, of which a network of one step has no use
+    content = read(path)
+    evaluation = content["trainer"]["callbacks"][0]["init_args"]
+    evaluation["self_test"] = False
+    evaluation["attacks"]["autoattack"]["init_args"].update(steps=5, n_queries=20)
+    Path("short.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    main(["test", "--config=short.yaml", *FLAGS, f"--ckpt_path={checkpoint}"])
+    record = RobustnessRecord.read(Path(content["trainer"]["default_root_dir"]))
+    assert record.samples == 20
+    assert sorted(record.curves) == ["autoattack", "pgd50"]
+    assert "trust/robust_acc/union" in capsys.readouterr().out
 
 
 # -- every hyperparameter ----------------------------------------------------------------------------------------------
@@ -141,7 +192,7 @@ def test_every_argument_is_stated_in_its_order(path):
         if kind is None:
             continue
         found.append(kind.__name__)
-        arguments = [name for name in inspect.signature(kind).parameters if name != "datamodule"]
+        arguments = [name for name in inspect.signature(kind).parameters if name not in ("datamodule", "params")]
         if kind.__name__ == "ImageClassifier" and "optimizer" in content:
             arguments = [name for name in arguments if name not in ("optimizer", "schedule")]
         assert list(node["init_args"]) == arguments, kind.__name__
@@ -171,10 +222,12 @@ def test_paper_configuration_is_parsed_and_built(path, tmp_path, monkeypatch):
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         run=False,
-        args=[f"--config={path}", "--trainer.accelerator=cpu"],
+        args=[f"--config={path}", "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto"],
     )
-    data = cli.datamodule.datamodule if isinstance(cli.datamodule, ForgetSplit) else cli.datamodule
-    assert (type(data).__name__, data.batch_size, data.train_rows) == ("CIFAR10", 256, 45000)
+    data = getattr(cli.datamodule, "datamodule", cli.datamodule)
+    rows = 49000 if robust(path) else 45000
+    batch = 128 if robust(path) and "dat" not in path.name else 256
+    assert (type(data).__name__, data.batch_size, data.train_rows) == ("CIFAR10", batch, rows)
     assert sum(parameter.numel() for parameter in cli.model.parameters()) == 11_173_962
     if isinstance(cli.datamodule, ForgetSplit):
         # training rows are augmented, measured rows are not
@@ -305,13 +358,17 @@ def test_overlay_keeps_all_of_a_users_own(path, user, capsys):
     split = cli.trainer.datamodule
     data = split.datamodule if wrapper else split
     assert (type(data).__name__, data.rows, data.batch) == ("Data", 40, 9)
-    assert cli.trainer.train_dataloader.batch_size in (9, None)
+    if not isinstance(split, RepeatBatches):
+        assert cli.trainer.train_dataloader.batch_size in (9, None)
     assert attached["Theirs"].batches == cli.trainer.global_step > 0
 
     # the method is at work
     if path in METHOD_OF:
         assert METHOD_OF[path].classes[0].rpartition(".")[2] in attached
-    if wrapper:
+    if robust(path):
+        assert bool(wrapper) == isinstance(split, RepeatBatches)
+        assert any(name.startswith("RobustEvaluation") for name in attached)
+    elif wrapper:
         assert isinstance(split, ForgetSplit)
         assert len(split.forget_rows) == 4
         assert len(next(iter(split.train_dataloader()))[0]) == 9
@@ -325,7 +382,7 @@ def test_overlay_keeps_all_of_a_users_own(path, user, capsys):
         assert zeros.float().mean().item() == pytest.approx(0.8, abs=0.01)
 
 
-@pytest.mark.parametrize("path", OVERLAYS, ids=name_of)
+@pytest.mark.parametrize("path", [path for path in OVERLAYS if not robust(path)], ids=name_of)
 def test_overlay_starts_from_the_users_checkpoint(path, user, capsys):
     cli = main(["fit", "--config=user.yaml", f"--config={path}", "--trainer.max_epochs=1", "--model.rate=0.0"])
     weight = cli.model.head.weight

@@ -2,6 +2,7 @@
 
 from lightning_trust.callbacks.adversarial.adversarial_training import AdversarialTraining
 from lightning_trust.callbacks.adversarial.awp import AWP
+from lightning_trust.callbacks.adversarial.dat import QuantizedAllReduce
 from lightning_trust.callbacks.adversarial.free_adversarial_training import FreeAdversarialTraining
 from lightning_trust.callbacks.adversarial.objectives import (
     MART,
@@ -13,7 +14,6 @@ from lightning_trust.callbacks.adversarial.objectives import (
     Objective,
     StandardAT,
 )
-from lightning_trust.callbacks.adversarial.quantized_all_reduce import QuantizedAllReduce
 from lightning_trust.callbacks.adversarial.robust_evaluation import RobustEvaluation
 
 __all__ = [
