@@ -2,8 +2,34 @@
 
 from __future__ import annotations
 
+from lightning_trust.nn.adversarial import (
+    MoEConv2d,
+    MoENetwork,
+    Router,
+    Routing,
+    RoutingContext,
+    convert_to_moe,
+    count_multiply_adds,
+    moe_resnet18,
+    straight_through_top1,
+)
 from lightning_trust.nn.networks import create_network
 from lightning_trust.nn.resnet import ThinResNet, resnet18_small, resnet20
 from lightning_trust.nn.small_cnn import SmallCNN
 
-__all__ = ["SmallCNN", "ThinResNet", "create_network", "resnet18_small", "resnet20"]
+__all__ = [
+    "MoEConv2d",
+    "MoENetwork",
+    "Router",
+    "Routing",
+    "RoutingContext",
+    "SmallCNN",
+    "ThinResNet",
+    "convert_to_moe",
+    "count_multiply_adds",
+    "create_network",
+    "moe_resnet18",
+    "resnet18_small",
+    "resnet20",
+    "straight_through_top1",
+]
