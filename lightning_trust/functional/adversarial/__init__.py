@@ -6,6 +6,13 @@ from lightning_trust.functional.adversarial.black_box import (
     forward_difference_gradient,
 )
 from lightning_trust.functional.adversarial.confidence import wilson_interval
+from lightning_trust.functional.adversarial.curve import (
+    best_positions,
+    bezier_coefficients,
+    curve_coefficients,
+    loss_barrier,
+    polychain_coefficients,
+)
 from lightning_trust.functional.adversarial.grad_align import gradient_misalignment
 from lightning_trust.functional.adversarial.losses import dlr_loss, dlr_loss_targeted, kl_divergence, margin
 from lightning_trust.functional.adversarial.mart import mart_loss
@@ -29,6 +36,9 @@ from lightning_trust.functional.adversarial.trades import trades_kl
 
 __all__ = [
     "antithetic_gradient",
+    "best_positions",
+    "bezier_coefficients",
+    "curve_coefficients",
     "dct_matrix",
     "dequantise",
     "dlr_loss",
@@ -38,10 +48,12 @@ __all__ = [
     "hyperplane_step",
     "kl_divergence",
     "linear_minimiser",
+    "loss_barrier",
     "margin",
     "mart_loss",
     "norm_of",
     "pack_codes",
+    "polychain_coefficients",
     "project_l1",
     "project_l1_box",
     "project_l2",
