@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from lightning_trust.nn.adversarial import (
+    CurveNetwork,
     MoEConv2d,
     MoENetwork,
     Router,
     Routing,
     RoutingContext,
+    WeightEnsemble,
     convert_to_moe,
     count_multiply_adds,
     moe_resnet18,
@@ -18,6 +20,7 @@ from lightning_trust.nn.resnet import ThinResNet, resnet18_small, resnet20
 from lightning_trust.nn.small_cnn import SmallCNN
 
 __all__ = [
+    "CurveNetwork",
     "MoEConv2d",
     "MoENetwork",
     "Router",
@@ -25,6 +28,7 @@ __all__ = [
     "RoutingContext",
     "SmallCNN",
     "ThinResNet",
+    "WeightEnsemble",
     "convert_to_moe",
     "count_multiply_adds",
     "create_network",
