@@ -187,13 +187,16 @@ def _report(args: list[str]) -> None:
     from rich.console import Console
 
     from lightning_trust.core.files import write_text
-    from lightning_trust.report import collect, markdown, print_collection, write_page
+    from lightning_trust.report import collect, markdown, print_collection, robust_markdown, write_page
 
     collection = collect(parsed.paths)
     console = Console()
     print_collection(collection, console)
     if parsed.markdown is not None:
-        write_text(parsed.markdown, "\n".join(markdown(scenario) for scenario in collection.scenarios))
+        tables = [markdown(scenario) for scenario in collection.scenarios]
+        if collection.robust:
+            tables.append(robust_markdown(collection.robust))
+        write_text(parsed.markdown, "\n".join(tables))
         console.print(f"Markdown: {parsed.markdown}", soft_wrap=True, markup=False)
     path = write_page(collection, parsed.output)
     console.print(f"Page: {path}", soft_wrap=True, markup=False)

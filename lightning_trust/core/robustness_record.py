@@ -12,6 +12,7 @@ from lightning_trust.core.files import read_json, write_json
 KIND = "lightning_trust.robustness"
 VERSION = 1
 FILE_NAME = "robustness.json"
+EXAMPLES_NAME, EXAMPLES_KIND = "robustness_examples.safetensors", "lightning_trust.examples"
 
 
 @dataclass(frozen=True)

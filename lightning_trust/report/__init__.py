@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from lightning_trust.report.page import headline, page, write_page
-from lightning_trust.report.runs import Collection, Row, Run, Scenario, collect
+from lightning_trust.report.robustness import robust_markdown
+from lightning_trust.report.runs import Collection, RobustRun, Row, Run, Scenario, collect
 from lightning_trust.report.table import markdown, print_collection, scenario_table
 
 __all__ = [
     "Collection",
+    "RobustRun",
     "Row",
     "Run",
     "Scenario",
@@ -16,6 +18,7 @@ __all__ = [
     "markdown",
     "page",
     "print_collection",
+    "robust_markdown",
     "scenario_table",
     "write_page",
 ]

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning_trust.core.records import RunRecord
+from lightning_trust.core.robustness_record import RobustnessRecord
 from lightning_trust.report.runs import Row, Scenario
 
 if TYPE_CHECKING:
@@ -260,6 +261,44 @@ def _confidence(
 def _shares(counts: Sequence[int], floor: float) -> list[float]:
     total = sum(counts) or 1
     return [max(100 * count / total, floor) for count in counts]
+
+
+def accuracy_curves(runs: Sequence[tuple[str, RobustnessRecord]]) -> str | None:
+    """Accuracy against the radius, a panel an attack and a line a run; ``None`` where nobody measured any."""
+    attacks = list(dict.fromkeys(name for _, record in runs for name in record.curves))
+    if not attacks:
+        return None
+    colours = ["method", "test", "band", "neutral", "ink"]
+    with _style():
+        figure = _figure(2.4)
+        grid = figure.subplots(1, len(attacks), sharey=True, squeeze=False)
+        for axes, attack in zip(grid[0], attacks, strict=True):
+            for place, (name, record) in enumerate(runs):
+                points = _curve(record, attack)
+                if points:
+                    axes.plot(
+                        [eps for eps, _ in points],
+                        [100 * accuracy for _, accuracy in points],
+                        marker=".",
+                        color=_COLOURS[colours[place % len(colours)]],
+                        linestyle=("-", "--", ":")[place // len(colours) % 3],
+                        label=name,
+                    )
+            axes.set_title(attack, pad=3)
+            axes.set_xlabel("eps")
+            axes.set_ylim(0, 100)
+        grid[0][0].set_ylabel("accuracy, %")
+        grid[0][-1].legend(frameon=False, fontsize=7)
+        return _svg(figure, "accuracy-curves", "Accuracy against the radius of the attack")
+
+
+def _curve(record: RobustnessRecord, attack: str) -> list[tuple[float, float]]:
+    """Points of a curve, the attack's own radius among them."""
+    points = {float(eps): float(accuracy) for eps, accuracy in record.curves.get(attack, ())}
+    eps = record.attacks[attack]["eps"] if attack in record.attacks else None
+    if points and eps is not None:
+        points[float(eps)] = record.accuracy[attack]["value"]
+    return sorted(points.items())
 
 
 def _style() -> Any:

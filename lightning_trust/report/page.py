@@ -10,6 +10,7 @@ from pathlib import Path
 from lightning_trust.core.files import write_text
 from lightning_trust.core.records import METRICS, RunRecord
 from lightning_trust.report.figures import confidence_panels, gap_bars, require_matplotlib, time_against_gap
+from lightning_trust.report.robustness import robust_sections
 from lightning_trust.report.runs import Collection, Row, Scenario
 from lightning_trust.report.table import gap_text, percent, rows_sentence, seconds, signed, spread_sentence
 
@@ -98,12 +99,12 @@ def headline(scenario: Scenario) -> str:
     return sentence
 
 
-def page(collection: Collection, title: str = "Unlearning report") -> str:
+def page(collection: Collection, title: str | None = None) -> str:
     """The whole page.
 
     Args:
         collection: What :func:`~lightning_trust.report.collect` found.
-        title: Title of the page.
+        title: Title of the page; after what it shows if None.
 
     Returns:
         One HTML document with its style and figures inside.
@@ -113,10 +114,31 @@ def page(collection: Collection, title: str = "Unlearning report") -> str:
 
     """
     require_matplotlib()
+    if title is None:
+        title = (
+            "Unlearning report" if not collection.robust else "Report" if collection.scenarios else "Robustness report"
+        )
+    parts = [f"<h1>{escape(title)}</h1>"]
+    if collection.scenarios:
+        parts += _unlearning(collection)
+    if collection.robust:
+        parts += robust_sections(collection.robust)
+    if collection.damaged:
+        parts.append("<h2>Left out</h2><ul>")
+        parts += [f"<li>{escape(message)}</li>" for message in collection.damaged.values()]
+        parts.append("</ul>")
+    body = "\n".join(parts)
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _unlearning(collection: Collection) -> list[str]:
     scenarios = collection.scenarios
     records = [record for scenario in scenarios for record in scenario.records]
     parts = [
-        f"<h1>{escape(title)}</h1>",
         f'<p class="muted">{_counted(len(records), "run")}, {_counted(len(scenarios), "forget set")}.'
         f" Last run ended {escape(max(record.created for record in records)[:16].replace('T', ' '))}.</p>",
         "<p>A trained model was asked to forget part of its training data. Each method below starts from that model;"
@@ -137,26 +159,16 @@ def page(collection: Collection, title: str = "Unlearning report") -> str:
     parts.append("<h2>Definitions</h2><dl>")
     parts += [f"<dt>{term}</dt><dd>{escape(text)}</dd>" for term, text in DEFINITIONS.items()]
     parts.append("</dl>")
-    parts += _sources(collection)
-    if collection.damaged:
-        parts.append("<h2>Left out</h2><ul>")
-        parts += [f"<li>{escape(message)}</li>" for message in collection.damaged.values()]
-        parts.append("</ul>")
-    body = "\n".join(parts)
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
-    )
+    return parts + _sources(collection)
 
 
-def write_page(collection: Collection, path: str | Path, title: str = "Unlearning report") -> Path:
+def write_page(collection: Collection, path: str | Path, title: str | None = None) -> Path:
     """Write the page aside and rename it, so that a full disk or a killed process leaves the old page or none.
 
     Args:
         collection: What :func:`~lightning_trust.report.collect` found.
         path: Where the page shall stand.
-        title: Title of the page.
+        title: Title of the page; after what it shows if None.
 
     Returns:
         The path.

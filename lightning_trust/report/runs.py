@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning_trust.core.records import FILE_NAME, METRICS, RunRecord, average_gap, metrics_gap
+from lightning_trust.core.robustness_record import FILE_NAME as ROBUST_NAME
+from lightning_trust.core.robustness_record import RobustnessRecord
 
 Kind = Literal["original", "retrain", "method"]
 
@@ -26,6 +28,20 @@ class Run:
 
     path: Path
     record: RunRecord
+
+
+@dataclass(frozen=True)
+class RobustRun:
+    """A robustness record and the file that it stands in.
+
+    Args:
+        path: The ``robustness.json``.
+        record: What it holds.
+
+    """
+
+    path: Path
+    record: RobustnessRecord
 
 
 @dataclass(frozen=True)
@@ -167,15 +183,17 @@ class Collection:
     Args:
         scenarios: One a forget set, in order of their names.
         damaged: Files that could not be read, each with the reason.
+        robust: The robustness records, in order of their paths.
 
     """
 
     scenarios: Sequence[Scenario]
     damaged: Mapping[Path, str] = field(default_factory=dict)
+    robust: Sequence[RobustRun] = ()
 
 
-def find(paths: Iterable[str | Path]) -> list[Path]:
-    """The ``run.json`` files in folders (at any depth), files and globs, sorted.
+def find(paths: Iterable[str | Path], name: str = FILE_NAME) -> list[Path]:
+    """The ``run.json`` files, or those of another name, in folders (at any depth), files and globs, sorted.
 
     Raises:
         FileNotFoundError: If a path or pattern matches nothing.
@@ -186,9 +204,11 @@ def find(paths: Iterable[str | Path]) -> list[Path]:
         places = [Path(place) for place in glob.glob(str(path), recursive=True)] or [Path(path)]
         for place in places:
             if place.is_dir():
-                found.update(place.rglob(FILE_NAME))
+                found.update(place.rglob(name))
             elif place.is_file():
-                if place.name == FILE_NAME or len(places) == 1:  # a glob such as runs/*/* also matches checkpoints
+                # a glob such as runs/*/* also matches checkpoints; one file of any name is taken at its word
+                other = place.name in (FILE_NAME, ROBUST_NAME) and place.name != name
+                if place.name == name or (len(places) == 1 and name == FILE_NAME and not other):
                     found.add(place)
             else:
                 raise FileNotFoundError(
@@ -199,15 +219,15 @@ def find(paths: Iterable[str | Path]) -> list[Path]:
 
 
 def collect(paths: Iterable[str | Path]) -> Collection:
-    """Read every run record in folders, files and globs, and group them by forget set.
+    """Read every record in folders, files and globs, and group those of unlearning by forget set.
 
     A damaged record costs its own line, not the report: it is listed with the reason.
 
     Args:
-        paths: Folders (searched at any depth), ``run.json`` files, or globs.
+        paths: Folders (searched at any depth), ``run.json`` and ``robustness.json`` files, or globs.
 
     Returns:
-        The scenarios and the damaged files.
+        The scenarios, the robustness records and the damaged files.
 
     Raises:
         FileNotFoundError: If a path does not exist, or no record is found at all.
@@ -215,11 +235,12 @@ def collect(paths: Iterable[str | Path]) -> Collection:
 
     """
     paths = list(paths)
-    files = find(paths)
-    if not files:
+    files, robust_files = find(paths), find(paths, ROBUST_NAME)
+    if not files and not robust_files:
         raise FileNotFoundError(
             f"Expected argument `paths` to hold at least one {FILE_NAME}, but found none in"
-            f" {', '.join(str(path) for path in paths)}. `UnlearningReport` writes one a run."
+            f" {', '.join(str(path) for path in paths)}. `UnlearningReport` writes one a run, and"
+            f" `RobustEvaluation` a {ROBUST_NAME}."
         )
     groups: dict[str, list[Run]] = {}
     damaged: dict[Path, str] = {}
@@ -230,7 +251,13 @@ def collect(paths: Iterable[str | Path]) -> Collection:
             damaged[path] = str(error)
         else:
             groups.setdefault(record.forget["hash"], []).append(Run(path, record))
-    if not groups:
+    robust = []
+    for path in robust_files:
+        try:
+            robust.append(RobustRun(path, RobustnessRecord.read(path)))
+        except (ValueError, OSError) as error:  # noqa: PERF203 - as above
+            damaged[path] = str(error)
+    if not groups and not robust:
         raise ValueError("No run record could be read:\n" + "\n".join(damaged.values()))
     scenarios = [Scenario(runs[0].record.scenario, runs) for runs in groups.values()]
     names = [scenario.name for scenario in scenarios]
@@ -240,4 +267,4 @@ def collect(paths: Iterable[str | Path]) -> Collection:
         for each in scenarios
     ]
     scenarios.sort(key=lambda scenario: scenario.name)
-    return Collection(scenarios, damaged)
+    return Collection(scenarios, damaged, robust)

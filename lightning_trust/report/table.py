@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_trust.core.records import METRICS
+from lightning_trust.report.robustness import ROBUST_CAPTION, robust_table
 from lightning_trust.report.runs import Collection, Row, Scenario
 
 NOT_MEASURED = "not measured"
@@ -161,7 +162,11 @@ def print_collection(collection: Collection, console: Console | None = None) -> 
                 Text(),
             )
         )
-    console.print(Text(CAPTION, style="dim"))
+    if collection.scenarios:
+        console.print(Text(CAPTION, style="dim"))
+    if collection.robust:
+        console.print(robust_table(collection.robust))
+        console.print(Text(ROBUST_CAPTION, style="dim"))
     for message in collection.damaged.values():
         console.print(Text(f"Left out: {message}", style="bold red"))
 

@@ -28,7 +28,7 @@ from lightning_trust.core.host import find_network
 from lightning_trust.core.modes import eval_mode
 from lightning_trust.core.randomness import SampleDraws, keyed_bits
 from lightning_trust.core.records import hardware, versions
-from lightning_trust.core.robustness_record import RobustnessRecord
+from lightning_trust.core.robustness_record import EXAMPLES_KIND, EXAMPLES_NAME, RobustnessRecord
 from lightning_trust.core.space import InputSpace
 from lightning_trust.core.step import HostCallback
 from lightning_trust.functional.adversarial.confidence import wilson_interval
@@ -37,7 +37,6 @@ from lightning_trust.metrics.robust_accuracy import RobustAccuracy, check_names
 
 Stage = Literal["validate", "test"]
 _VERDICTS, _VERDICTS_VERSION = "lightning_trust.verdicts", 1
-_EXAMPLES, _EXAMPLES_KIND = "robustness_examples.safetensors", "lightning_trust.examples"
 #: share of planted weaknesses that an attack must find
 _MUST_FIND = 0.75
 
@@ -242,7 +241,7 @@ class RobustEvaluation(HostCallback):
         if trainer.is_global_zero and not trainer.fast_dev_run:
             folder = Path(self.folder or trainer.default_root_dir)
             if self._examples:
-                write_tensors(folder / _EXAMPLES, _EXAMPLES_KIND, 1, self._examples)
+                write_tensors(folder / EXAMPLES_NAME, EXAMPLES_KIND, 1, self._examples)
             self.record.write(folder)
 
     def _due(self, trainer: Any) -> bool:
@@ -504,7 +503,7 @@ class RobustEvaluation(HostCallback):
                 for name, attack in self.attacks.items()
             },
             curves=curves,
-            examples=_EXAMPLES if self._examples else None,
+            examples=EXAMPLES_NAME if self._examples else None,
             random=bool(self._random),
             weights=self._identity or self._identify(find_network(host, self.network)),
             epochs=len(self._epoch_seconds) or None,
