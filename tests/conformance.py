@@ -168,7 +168,7 @@ class PartnerWeights(HostCallback):
     claims = ("weights",)
 
     def attach(self, trainer, host, attachment):
-        self.bias = named_parameters(host)["net.0.bias"]
+        self.bias = next(value for name, value in named_parameters(host).items() if name.endswith("bias"))
         attachment.constrain(self, ConstraintPhase.CLAMP, lambda _: self.bias.clamp_(-0.1, 0.1))
 
 
@@ -179,6 +179,8 @@ class CallbackConformance:
     """What every callback must pass."""
 
     callback: ClassVar[type[Callback]]
+    #: the user's module, for callbacks that need a network of a kind
+    host: ClassVar[type[pl.LightningModule]] = Host
     arguments: ClassVar[dict[str, Any]] = {}
     #: whether two ranks must end with the weights of one rank that has the whole batch
     equal_to_one_rank: ClassVar[bool] = True
@@ -218,7 +220,7 @@ class CallbackConformance:
         return pl.Trainer(callbacks=callbacks, **{**settings, **kwargs})
 
     def fitted(self, folder: Path, *partners: Callback, host: Host | None = None, **kwargs: Any):
-        host = host or Host()
+        host = host or self.host()
         callback = self.make(folder)
         trainer = self.trainer(folder, [callback, *partners], **kwargs)
         trainer.fit(host, self.data())
@@ -236,7 +238,7 @@ class CallbackConformance:
 
     # -- the tests -----------------------------------------------------------------------------------------------------
     def test_fit_leaves_the_host_as_it_was(self, tmp_path):
-        host = Host()
+        host = self.host()
         names, attributes = list(host.state_dict()), dict(host.__dict__)
         host, _, trainer = self.fitted(tmp_path, host=host)
         assert list(host.state_dict()) == names
@@ -259,7 +261,7 @@ class CallbackConformance:
             raise ZeroDivisionError(where)
 
         setattr(Fails, where, fail)
-        host = Host()
+        host = self.host()
         attributes = dict(host.__dict__)
         with pytest.raises(ZeroDivisionError):
             self.fitted(tmp_path, Fails(), host=host)
@@ -273,7 +275,7 @@ class CallbackConformance:
 
     @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
     def test_stages_without_fit(self, tmp_path, stage):
-        host = Host()
+        host = self.host()
         before = copy.deepcopy(host.state_dict())
         trainer = self.trainer(tmp_path, [self.make(tmp_path)])
         getattr(trainer, stage)(host, datamodule=self.data())
@@ -286,7 +288,7 @@ class CallbackConformance:
 
         def run(folder: Path, *extra: Callback, **kwargs: Any):
             torch.manual_seed(11)
-            host, callback = Host(dropout=0.3), self.make(folder)
+            host, callback = self.host(dropout=0.3), self.make(folder)
             saver = ModelCheckpoint(dirpath=folder, every_n_train_steps=1, save_last=True, save_top_k=0)
             exact = [] if isinstance(callback, lightning_trust.callbacks.ExactResume) else [exact_resume()]
             trainer = self.trainer(folder, [callback, *exact, saver, *extra])
@@ -358,7 +360,7 @@ class CallbackConformance:
             devices=2,
             strategy="ddp_fork",
         )
-        trainer.fit(Host(), self.data(batch_size=BATCH // 2))
+        trainer.fit(self.host(), self.data(batch_size=BATCH // 2))
         first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
         assert all(torch.equal(first[name], second[name]) for name in first)
         if self.equal_to_one_rank:
@@ -388,14 +390,14 @@ class CallbackConformance:
             trainer = self.trainer(tmp_path, [self.make(tmp_path), rival], fast_dev_run=True)
             if claim in mine:
                 with pytest.raises(MisconfigurationException, match=f"{self.callback.__name__} and Rival"):
-                    trainer.fit(Host(), self.data())
+                    trainer.fit(self.host(), self.data())
             else:
-                trainer.fit(Host(), self.data())
+                trainer.fit(self.host(), self.data())
 
     def test_unsupported_strategy_is_refused(self, tmp_path):
         trainer = under_another_strategy(self.trainer(tmp_path, [self.make(tmp_path)]))
         with pytest.raises(MisconfigurationException, match=f"{self.callback.__name__} supports .* got FSDPStrategy"):
-            trainer.fit(Host(), self.data())
+            trainer.fit(self.host(), self.data())
 
 
 def built(kind: type, arguments: dict[str, Any]) -> Any:

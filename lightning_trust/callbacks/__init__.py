@@ -13,6 +13,7 @@ from lightning_trust.callbacks.adversarial import (
     Objective,
     QuantizedAllReduce,
     RobustEvaluation,
+    RobustModeConnectivity,
     StandardAT,
 )
 from lightning_trust.callbacks.exact_resume import ExactResume
@@ -46,6 +47,7 @@ __all__ = [
     "QuantizedAllReduce",
     "RandomLabel",
     "RobustEvaluation",
+    "RobustModeConnectivity",
     "SalUn",
     "StandardAT",
     "UnlearningReport",

@@ -15,6 +15,7 @@ from lightning_trust.callbacks.adversarial.objectives import (
     StandardAT,
 )
 from lightning_trust.callbacks.adversarial.robust_evaluation import RobustEvaluation
+from lightning_trust.callbacks.adversarial.robust_mode_connectivity import RobustModeConnectivity
 
 __all__ = [
     "AWP",
@@ -29,5 +30,6 @@ __all__ = [
     "Objective",
     "QuantizedAllReduce",
     "RobustEvaluation",
+    "RobustModeConnectivity",
     "StandardAT",
 ]
