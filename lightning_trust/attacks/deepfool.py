@@ -11,6 +11,9 @@ from lightning_trust.attacks.search import Remaining, SearchAttack
 from lightning_trust.core.space import InputSpace
 from lightning_trust.functional.adversarial.projections import norm_of, per_sample
 
+# length of the shortest step, in units of rounding an entry
+_UNITS = 8.0
+
 
 class DeepFool(SearchAttack):
     r"""DeepFool: while a sample is right, a step a little beyond the nearest linearised l2 boundary.
@@ -18,7 +21,9 @@ class DeepFool(SearchAttack):
     .. math:: x \leftarrow \mathrm{clip}\Big(x + (1 + o) \frac{|f_k - f_y|}{\lVert w_k \rVert_2^2} w_k\Big), \qquad
         w_k = \nabla f_k - \nabla f_y, \quad k = \arg\min_{k \ne y} \frac{|f_k - f_y|}{\lVert w_k \rVert_2}
 
-    A sample leaves the batch when it is misclassified. There is no ball: the last point is returned, won or not.
+    A sample leaves the batch when it is misclassified. There is no ball: the last point is returned, won or not. No step
+    is shorter than a few units of rounding: where the box cuts steps off, they would end on the boundary, where two
+    logits tie and the formula does not move any more.
 
     Paper: DeepFool: a simple and accurate method to fool deep neural networks (CVPR 2016).
 
@@ -75,13 +80,14 @@ class DeepFool(SearchAttack):
         ahead, slopes = lead_slopes(problem, moved)
         if problem.check and not bool(torch.isfinite(slopes).all()):
             raise RuntimeError(f"DeepFool got a gradient with NaN or infinite values in step {step}.")
-        lengths = torch.stack([norm_of(slope, "l2") for slope in slopes], dim=1)
-        distances = (ahead.abs() / lengths.clamp_min(1e-12)).scatter(1, problem.targets[:, None], torch.inf)
-        nearest = distances.argmin(dim=1)
+        lengths = torch.stack([norm_of(slope, "l2") for slope in slopes], dim=1).clamp_min(1e-12)
+        distances = (ahead.abs() / lengths).scatter(1, problem.targets[:, None], torch.inf)
+        distance, nearest = distances.min(dim=1)
         rows = torch.arange(len(moved), device=moved.device)
         slope = slopes[nearest, rows]
-        scale = ahead[rows, nearest].abs() / norm_of(slope, "l2").square().clamp_min(1e-24)
-        return slope * per_sample(scale, slope)
+        rounding = torch.finfo(moved.dtype).eps * max(abs(problem.low), abs(problem.high))
+        distance = distance.clamp_min(_UNITS * rounding * moved[0].numel() ** 0.5)
+        return slope * per_sample(distance / lengths[rows, nearest], slope)
 
 
 def lead_slopes(problem: Problem, moved: Tensor) -> tuple[Tensor, Tensor]:
