@@ -11,6 +11,7 @@ from lightning_trust.attacks.attack import Problem
 from lightning_trust.attacks.search import Remaining, SearchAttack, check_open
 from lightning_trust.core.space import InputSpace
 from lightning_trust.functional.adversarial.black_box import dct_matrix
+from lightning_trust.functional.adversarial.losses import check_classes
 
 
 class SimBA(SearchAttack):
@@ -73,7 +74,7 @@ class SimBA(SearchAttack):
 
     def search(self, problem: Problem, outputs: Tensor) -> Tensor:
         """Perturbed inputs of samples that the network gets right; see the base."""
-        moved, value = problem.inputs.clone(), self.values(outputs, problem)
+        moved, value = problem.inputs.clone(), self._odds(outputs, problem)
         remaining = Remaining(moved.clone())
         order = problem.draws.uniform(self._directions(moved)).argsort(dim=1)
         # the clean input was the first query
@@ -96,13 +97,21 @@ class SimBA(SearchAttack):
                 some = problem.rows(places)
                 points = problem.clip(moved[places] + sign * self.step * direction[places])
                 outputs = some.outputs(points)
-                values, fooled = self.values(outputs, some), some.fooled(outputs)
+                values, fooled = self._odds(outputs, some), some.fooled(outputs)
                 kept = fooled | (values > value[places])
                 moved[places[kept]], value[places[kept]] = points[kept], values[kept]
                 waiting[places[kept]] = False
                 spent[places] += 1
                 done[places] = fooled | (spent[places] >= self.max_queries)
         return remaining.found
+
+    def _odds(self, outputs: Tensor, problem: Problem) -> Tensor:
+        """Log-odds of what the attack wants: they rise as the probability does, and still where that rounds to 0."""
+        wanted = problem.targets if problem.goal is None else problem.goal
+        check_classes(outputs, 2, "ce")
+        others = outputs.scatter(1, wanted[:, None], -torch.inf).logsumexp(dim=1)
+        ahead = outputs.gather(1, wanted[:, None]).squeeze(1) - others
+        return -ahead if problem.goal is None else ahead
 
     def _directions(self, x: Tensor) -> int:
         """How many there are."""
