@@ -21,9 +21,9 @@ class DeepFool(SearchAttack):
     .. math:: x \leftarrow \mathrm{clip}\Big(x + (1 + o) \frac{|f_k - f_y|}{\lVert w_k \rVert_2^2} w_k\Big), \qquad
         w_k = \nabla f_k - \nabla f_y, \quad k = \arg\min_{k \ne y} \frac{|f_k - f_y|}{\lVert w_k \rVert_2}
 
-    A sample leaves the batch when it is misclassified. There is no ball: the last point is returned, won or not. No step
-    is shorter than a few units of rounding: where the box cuts steps off, they would end on the boundary, where two
-    logits tie and the formula does not move any more.
+    A sample leaves the batch when it is misclassified. There is no ball: the last point is returned, won or not. No
+    step is shorter than a few units of rounding: where the box cuts steps off, they would end on the boundary, where
+    two logits tie and the formula does not move any more.
 
     Paper: DeepFool: a simple and accurate method to fool deep neural networks (CVPR 2016).
 
