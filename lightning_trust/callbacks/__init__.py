@@ -14,6 +14,7 @@ from lightning_trust.callbacks.adversarial import (
     QuantizedAllReduce,
     RobustEvaluation,
     RobustModeConnectivity,
+    SaliencyGuidedAdversarialTraining,
     StandardAT,
 )
 from lightning_trust.callbacks.exact_resume import ExactResume
@@ -49,6 +50,7 @@ __all__ = [
     "RobustEvaluation",
     "RobustModeConnectivity",
     "SalUn",
+    "SaliencyGuidedAdversarialTraining",
     "StandardAT",
     "UnlearningReport",
     "WeightSaliency",

@@ -16,6 +16,9 @@ from lightning_trust.callbacks.adversarial.objectives import (
 )
 from lightning_trust.callbacks.adversarial.robust_evaluation import RobustEvaluation
 from lightning_trust.callbacks.adversarial.robust_mode_connectivity import RobustModeConnectivity
+from lightning_trust.callbacks.adversarial.saliency_guided_adversarial_training import (
+    SaliencyGuidedAdversarialTraining,
+)
 
 __all__ = [
     "AWP",
@@ -31,5 +34,6 @@ __all__ = [
     "QuantizedAllReduce",
     "RobustEvaluation",
     "RobustModeConnectivity",
+    "SaliencyGuidedAdversarialTraining",
     "StandardAT",
 ]

@@ -81,8 +81,12 @@ class AdversarialStep:
 
     def logits(self, which: Literal["clean", "adv"]) -> Tensor:
         """Logits on clean or adversarial inputs, from a forward pass of their own."""
+        return self.network_logits(self.clean if which == "clean" else self.adversarial, which)
+
+    def network_logits(self, inputs: Tensor, which: Literal["clean", "adv", "masked"]) -> Tensor:
+        """Logits on other inputs, from a forward pass of their own."""
         with self._statistics(which):
-            return self.checked(self.network(self.clean if which == "clean" else self.adversarial))
+            return self.checked(self.network(inputs))
 
     def checked(self, outputs: Any) -> Tensor:
         """The outputs, where they are a batch of logits."""
@@ -94,7 +98,7 @@ class AdversarialStep:
             )
         return outputs
 
-    def _statistics(self, which: Literal["clean", "adv"]) -> Any:
+    def _statistics(self, which: Literal["clean", "adv", "masked"]) -> Any:
         counts = self.bn_update in ("both", which)
         return untouched_batchnorm(self.network if not counts else nn.Identity())
 

@@ -32,12 +32,15 @@ from lightning_trust.functional.adversarial.quantisation import (
     quantise,
     unpack_codes,
 )
+from lightning_trust.functional.adversarial.saliency import bernoulli_kl, class_score, masked_inputs, saliency_map
 from lightning_trust.functional.adversarial.trades import trades_kl
 
 __all__ = [
     "antithetic_gradient",
+    "bernoulli_kl",
     "best_positions",
     "bezier_coefficients",
+    "class_score",
     "curve_coefficients",
     "dct_matrix",
     "dequantise",
@@ -51,6 +54,7 @@ __all__ = [
     "loss_barrier",
     "margin",
     "mart_loss",
+    "masked_inputs",
     "norm_of",
     "pack_codes",
     "polychain_coefficients",
@@ -60,6 +64,7 @@ __all__ = [
     "project_linf",
     "quantisation_levels",
     "quantise",
+    "saliency_map",
     "trades_kl",
     "unpack_codes",
     "wilson_interval",
