@@ -1,6 +1,7 @@
 """Adversarial robustness."""
 
 from lightning_trust.callbacks.adversarial.adversarial_training import AdversarialTraining
+from lightning_trust.callbacks.adversarial.advmoe import AdvMoE
 from lightning_trust.callbacks.adversarial.awp import AWP
 from lightning_trust.callbacks.adversarial.dat import QuantizedAllReduce
 from lightning_trust.callbacks.adversarial.free_adversarial_training import FreeAdversarialTraining
@@ -24,6 +25,7 @@ __all__ = [
     "AWP",
     "MART",
     "TRADES",
+    "AdvMoE",
     "AdversarialTraining",
     "CleanAndAdversarial",
     "FastAT",

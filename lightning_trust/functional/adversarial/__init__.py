@@ -32,20 +32,24 @@ from lightning_trust.functional.adversarial.quantisation import (
     quantise,
     unpack_codes,
 )
+from lightning_trust.functional.adversarial.router_losses import balance_loss, class_mod_router_loss, expert_shares
 from lightning_trust.functional.adversarial.saliency import bernoulli_kl, class_score, masked_inputs, saliency_map
 from lightning_trust.functional.adversarial.trades import trades_kl
 
 __all__ = [
     "antithetic_gradient",
+    "balance_loss",
     "bernoulli_kl",
     "best_positions",
     "bezier_coefficients",
+    "class_mod_router_loss",
     "class_score",
     "curve_coefficients",
     "dct_matrix",
     "dequantise",
     "dlr_loss",
     "dlr_loss_targeted",
+    "expert_shares",
     "forward_difference_gradient",
     "gradient_misalignment",
     "hyperplane_step",

@@ -201,7 +201,7 @@ class MoEConv2d(nn.Module):
 class MoENetwork(nn.Module):
     """A network with routed convolutions, and the router that sends each image through one pathway of it.
 
-    The router looks once at the image, in float32, and its decision holds for every routed layer. With
+    The router looks once at the image, outside autocast, and its decision holds for every routed layer. With
     ``dispatch="group"`` the batch is sorted by expert, and only what was chosen is computed: where BatchNorm normalises
     by its running statistics, each part of the batch runs through the whole network by itself; where it needs the
     statistics of the batch, the parts meet in every layer, so that the statistics are of all images, as with
@@ -272,15 +272,16 @@ class MoENetwork(nn.Module):
             self.dispatch = before
 
     def route(self, x: Tensor) -> Tensor:
-        """Scores of the experts, float32: images ``(N, C, H, W)`` -> ``(N, E)``.
+        """Scores of the experts, in the precision of the router's weights: images ``(N, C, H, W)`` -> ``(N, E)``.
 
         Raises:
             ValueError: If the router puts out another shape.
 
         """
+        held = next(self.router.parameters(), None)
         # half precision rounds close scores to ties
         with torch.autocast(x.device.type, enabled=False):
-            scores = self.router(x.float())
+            scores = self.router(x.float() if held is None else x.to(held.dtype))
         if scores.shape != (len(x), self.num_experts):
             raise ValueError(
                 f"Expected the router to put out scores of shape ({len(x)}, {self.num_experts}), one an expert, but got"

@@ -123,8 +123,6 @@ def test_group_and_mask_give_the_same_outputs_statistics_and_gradients(mode):
             if isinstance(layer, nn.BatchNorm2d):
                 layer.train()
     second, x = copy.deepcopy(first), images().double()
-    # the router looks in float32 whatever the network computes in
-    first.router.float(), second.router.float()
     assert torch.bincount(first.route(x).argmax(1)).tolist() == [6, 3]
     (out_group, group), (out_mask, mask) = gradients(first, x, "group"), gradients(second, x, "mask")
     torch.testing.assert_close(out_group, out_mask, rtol=0.0, atol=1e-6)
@@ -255,6 +253,9 @@ def test_router_decides_in_float32_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(moe.route(x), scores)
         assert moe(x).dtype == torch.bfloat16
+    assert scores.dtype == torch.float32
+    whole = network().bfloat16().eval()
+    assert whole(x.bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("dispatch", ["group", "mask"])
