@@ -14,6 +14,8 @@ from lightning_trust.optim import LAMB
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"^```yaml\n(.*?)^```$", (ROOT / "docs/adversarial/dat.md").read_text(), re.DOTALL | re.MULTILINE)
+ENTRIES = next(block for block in BLOCKS if block.startswith("trainer:"))
+WHOLE = next(block for block in BLOCKS if "teacher_checkpoint" in block)
 FLAGS = [
     "--trainer.accelerator=cpu",
     "--trainer.max_epochs=1",
@@ -24,7 +26,7 @@ FLAGS = [
 
 def test_whole_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    content = yaml.safe_load(BLOCKS[1])
+    content = yaml.safe_load(WHOLE)
     content["trainer"]["strategy"] = "ddp_fork"
     for data, rows in ((content["data"], 32), (content["data_wrapper"]["init_args"]["unlabeled"], 48)):
         data["init_args"].update(train_rows=rows, val_rows=8, test_rows=8, root=str(ROOT / "data"))
@@ -46,7 +48,7 @@ def test_whole_run(tmp_path, monkeypatch):
 
 def test_entries_for_a_run_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("entries.yaml").write_text(BLOCKS[0])
+    Path("entries.yaml").write_text(ENTRIES)
     base = ROOT / "configs" / "fashion_mnist.yaml"
     small = [
         f"--data.init_args.{name}={rows}" for name, rows in (("train_rows", 32), ("val_rows", 8), ("test_rows", 8))

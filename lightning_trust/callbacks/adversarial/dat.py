@@ -105,7 +105,8 @@ class QuantizedAllReduce(HostCallback):
     Args:
         bits: Bits of a code, 2 to 16, the sign included.
         two_sided: Whether to average and quantise again on the way, for more than a few ranks.
-        error_feedback: Whether what quantisation took off is added to the rank's next gradient. For tensors of up to
+        error_feedback: Whether what quantisation took off is added to the rank's next gradient; of two-sided exchanges
+            that is the first quantisation, not that of the mean. For tensors of up to
             about :math:`s^2` entries; of larger ones :math:`Q` may take off more than there is, and it would grow.
         seed: Seed of the quantiser's draws; the one of ``seed_everything`` if None.
         name: Tells two callbacks of this class apart.
@@ -361,6 +362,13 @@ class QuantizedAllReduce(HostCallback):
             self._copied = torch.cuda.Event()
             self._copied.record()
         _check_finite(norms)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Look at the last gradients, too, where the look comes a step late."""
+        late, self._late = self._late, []
+        if self._copied is not None:
+            self._copied.synchronize()
+        _check_finite(late)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Optimizer) -> None:
         """Refuse gradients that did not come through DDP."""
