@@ -4,6 +4,7 @@ from lightning_trust.callbacks.adversarial.adversarial_training import Adversari
 from lightning_trust.callbacks.adversarial.advmoe import AdvMoE
 from lightning_trust.callbacks.adversarial.awp import AWP
 from lightning_trust.callbacks.adversarial.dat import QuantizedAllReduce
+from lightning_trust.callbacks.adversarial.curve_evaluation import CurveEvaluation
 from lightning_trust.callbacks.adversarial.free_adversarial_training import FreeAdversarialTraining
 from lightning_trust.callbacks.adversarial.objectives import (
     MART,
@@ -28,6 +29,7 @@ __all__ = [
     "AdvMoE",
     "AdversarialTraining",
     "CleanAndAdversarial",
+    "CurveEvaluation",
     "FastAT",
     "FastBAT",
     "FreeAdversarialTraining",
