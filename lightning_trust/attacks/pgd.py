@@ -125,7 +125,7 @@ class PGD(Attack):
             lowest, highest = problem.clip(x - self.eps), problem.clip(x + self.eps)
             for step in range(self.steps):
                 gradient, _, _ = self.gradient(problem, moved, step)
-                moved = torch.clamp(torch.add(moved.detach(), gradient.sign_(), alpha=size), lowest, highest)
+                moved = torch.clamp(torch.add(moved.detach(), gradient.sign(), alpha=size), lowest, highest)
             return moved
         for step in range(self.steps):
             gradient, _, _ = self.gradient(problem, moved, step)

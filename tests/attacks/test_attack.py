@@ -238,3 +238,16 @@ def test_gradient_that_is_not_finite_names_the_step():
     watch: list[torch.Tensor] = []
     PGD(eps=0.1, steps=4)(Breaks(), x, y % 3, check=False, watch=watch)
     assert torch.stack(watch).tolist() == [True, True, False, True]
+
+
+@pytest.mark.parametrize("attack", GRADIENT, ids=name_of)
+def test_gradient_that_holds_one_number_for_all_entries(attack):
+    # the gradient of a sum is a view without memory of its own
+    def net(x):
+        score = x.flatten(1).sum(dim=1) - 32.0
+        return torch.stack([score, -score, score - 1.0, -score - 1.0, 0.0 * score], dim=1)
+
+    x, y = batch()
+    found = attack(net, x, y, draws=draws())
+    assert torch.isfinite(found).all()
+    assert (norm_of(found - x, attack.norm) <= attack.eps + 1e-5).all()
