@@ -129,7 +129,7 @@ class APGD(SearchAttack):
 
     def search(self, problem: Problem, outputs: Tensor) -> Tensor:
         """Perturbed inputs of samples that the network gets right; see the base."""
-        return self._restarted(problem, True)
+        return self._restarted(problem, self.early_stop)
 
     def _restarted(self, problem: Problem, stop: bool) -> Tensor:
         remaining = Remaining(problem.inputs.clone())

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_trust.attacks.apgd import APGD, APGDTargeted
 from lightning_trust.attacks.attack import Attack, Model, Problem, prepared
 from lightning_trust.attacks.fab import FAB
+from lightning_trust.attacks.gradient_masking import GradientMaskingWarning, outputs_differ
 from lightning_trust.attacks.search import SearchAttack, check_search
 from lightning_trust.attacks.square import Square
 from lightning_trust.core.randomness import SampleDraws
@@ -57,7 +60,8 @@ class AutoAttack(Attack):
     * ``"standard"``: APGD on the cross-entropy, targeted APGD on the difference of logits ratio, targeted FAB, Square;
     * ``"plus"``: APGD on the cross-entropy and on the difference of logits ratio, with five restarts, FAB with five,
       Square, targeted APGD, targeted FAB;
-    * ``"rand"``, for networks that answer at random: APGD on both losses, each step averaged over ``eot_iter`` passes;
+    * ``"rand"``, for networks that answer at random: APGD on both losses, each step averaged over ``eot_iter`` passes,
+      all steps taken, since a point that has just won on average is answered right nearly half of the time;
     * ``"custom"``: the attacks given.
 
     For l1, APGD begins in balls of three and two times the radius, the first with five restarts and the targeted one
@@ -67,6 +71,8 @@ class AutoAttack(Attack):
     already is not attacked: neither changes a verdict. What is returned as adversarial has been put through the network
     once more, in the precision of the run. Random numbers are tied to the samples, so that a verdict does not depend on
     what else is in the batch.
+
+    Where attacks average over ``eot_iter`` passes, so do the verdicts, over the probabilities of as many fresh ones.
 
     Paper: Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse Parameter-free Attacks (ICML 2020);
     l1: Mind the Box: l1-APGD for Sparse Adversarial Attacks on Image Classifiers (ICML 2021).
@@ -78,7 +84,7 @@ class AutoAttack(Attack):
         attacks: For ``version="custom"``, attacks of the same norm and radius (or without one), untargeted, in order.
         steps: Steps of APGD and FAB.
         n_queries: Queries of Square.
-        eot_iter: Passes a step in ``version="rand"``.
+        eot_iter: Passes a step, and a verdict, in ``version="rand"``.
         seed: Seed of the random numbers; they come from the ``draws`` of the call if None.
         space: Box and normalisation of the inputs.
         batch_size: Size of the parts in which a batch is attacked.
@@ -86,6 +92,10 @@ class AutoAttack(Attack):
     Raises:
         ValueError: If an argument is out of its range, or the network has too few classes for a loss: three for
             ``"rand"``, four for ``"standard"`` and ``"plus"``.
+
+    Warns:
+        GradientMaskingWarning: If the network answers at random and no attack averages over that. Verdicts are then
+            those of single passes.
 
     Example:
         >>> import torch
@@ -165,7 +175,7 @@ class AutoAttack(Attack):
         l1 = norm == "l1"
         if self.version == "rand":
             return {
-                f"apgd-{loss}": APGD(eps, norm, loss, steps, eot_iter=self.eot_iter, larger_eps=l1)
+                f"apgd-{loss}": APGD(eps, norm, loss, steps, eot_iter=self.eot_iter, larger_eps=l1, early_stop=False)
                 for loss in ("ce", "dlr")
             }
         restarts = 5 if l1 or self.version == "plus" else 1
@@ -216,7 +226,7 @@ class AutoAttack(Attack):
         if not parts:
             # a radius of zero: there is nothing to attack
             with torch.no_grad(), prepared(model):
-                right = model(inputs).argmax(dim=1) == targets
+                right = _averaged(model, inputs, self._passes()).argmax(dim=1) == targets
             parts.append((right, right, {name: torch.zeros_like(right) for name in self.members()}))
         right, robust = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
         broken = {name: torch.cat([part[2][name] for part in parts]) for name in parts[0][2]}
@@ -225,7 +235,8 @@ class AutoAttack(Attack):
     def _perturb(self, problem: Problem) -> Tensor:
         if self.seed is not None:
             problem = replace(problem, draws=SampleDraws(problem.draws.keys, self.seed))
-        outputs = problem.outputs(problem.inputs)
+        passes = self._passes()
+        outputs = _averaged(problem.outputs, problem.inputs, passes)
         self._check_classes(outputs.shape[1])
         right = ~problem.fooled(outputs)
         result, robust = problem.inputs.clone(), right.clone()
@@ -238,15 +249,13 @@ class AutoAttack(Attack):
             some = replace(problem.rows(left), draws=problem.draws.stream(name).rows(left))
             known = isinstance(attack, SearchAttack) and isinstance(attack.loss, str) and attack.loss != "kl"
             found = attack.search(some, outputs[left]) if known else attack.perturb(some)  # type: ignore[attr-defined]
-            broken = some.fooled(problem.outputs(found)) & self._inside(found - some.inputs)
+            broken = some.fooled(_averaged(some.outputs, found, passes)) & self._inside(found - some.inputs)
             by[name][left[broken]] = True
             robust[left[broken]] = False
             result[left[broken]] = found[broken]
         attacked = (right & ~robust).nonzero().squeeze(1)
-        if len(attacked):
-            # in other company, roundoff may tip a sample that lies on the boundary
-            again = problem.rows(attacked)
-            held = attacked[~again.fooled(problem.outputs(result[attacked]))]
+        if len(attacked) and passes == 1:
+            held = attacked[self._tipped(problem.rows(attacked), result[attacked])]
             robust[held] = True
             result[held] = problem.inputs[held]
             for broken in by.values():
@@ -254,6 +263,25 @@ class AutoAttack(Attack):
         if self._parts is not None:
             self._parts.append((right, robust, by))
         return result
+
+    def _passes(self) -> int:
+        """How many forward passes a verdict takes: as many as a step of the attacks that average most."""
+        return max(getattr(attack, "eot_iter", 1) for attack in self.members().values())
+
+    @staticmethod
+    def _tipped(problem: Problem, points: Tensor) -> Tensor:
+        """Which points, found in other company, roundoff tips back over the boundary on which they lie."""
+        outputs = problem.outputs(points)
+        tipped = ~problem.fooled(outputs)
+        if bool(tipped.any()) and outputs_differ(outputs, problem.outputs(points)):
+            # not roundoff: a second throw of the dice would only give back what the first one took
+            rank_zero_warn(
+                "Two forward passes on the same inputs differ: the network answers at random. Use"
+                " AutoAttack(version='rand'), which averages over that.",
+                category=GradientMaskingWarning,
+            )
+            return torch.zeros_like(tipped)
+        return tipped
 
     def _inside(self, delta: Tensor) -> Tensor:
         return norm_of(delta, self.norm) <= self.eps * (1.0 + 1e-5) + 1e-7
@@ -266,3 +294,11 @@ class AutoAttack(Attack):
                 f" of that many logits, but the network has {classes}. With version='custom' choose attacks on"
                 " loss='ce', such as APGD(loss='ce') and APGDTargeted(loss='ce'), FAB and Square."
             )
+
+
+def _averaged(model: Model, points: Tensor, passes: int) -> Tensor:
+    """Outputs of one forward pass, or logarithms of the mean probabilities of several."""
+    if passes == 1:
+        return model(points)
+    logarithms = torch.stack([model(points).log_softmax(dim=1) for _ in range(passes)])
+    return logarithms.logsumexp(dim=0) - math.log(passes)

@@ -82,6 +82,12 @@ def check_gradient_masking(
     return probe.found
 
 
+def outputs_differ(first: Tensor, second: Tensor) -> bool:
+    """Whether the outputs of two forward passes on the same inputs differ by more than rounding."""
+    scale = first.norm(dim=1).clamp_min(1e-10)
+    return bool(((first - second).norm(dim=1) / scale > _RANDOM).any())
+
+
 class _Probe(Attack):
     """The checks, run where the attacks are: in raw units, in eval mode, outside of inference mode."""
 
@@ -96,7 +102,7 @@ class _Probe(Attack):
         x = problem.inputs
         outputs = problem.outputs(x)
         self.found = []
-        if random := self._differ(outputs, problem.outputs(x)):
+        if random := outputs_differ(outputs, problem.outputs(x)):
             self.found.append(
                 "Two forward passes on the same inputs differ: the network answers at random. Use"
                 " AutoAttack(version='rand'), or an attack with eot_iter > 1."
@@ -122,11 +128,6 @@ class _Probe(Attack):
         if self.square is not None and not random and x.ndim == 4:
             self._compare(problem, outputs)
         return x
-
-    @staticmethod
-    def _differ(first: Tensor, second: Tensor) -> bool:
-        scale = first.norm(dim=1).clamp_min(1e-10)
-        return bool(((first - second).norm(dim=1) / scale > _RANDOM).any())
 
     def _compare(self, problem: Problem, outputs: Tensor) -> None:
         """Run Square on what APGD has left."""

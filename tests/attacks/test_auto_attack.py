@@ -13,6 +13,7 @@ from lightning_trust.attacks import (
     APGDTargeted,
     AutoAttack,
     DeepFool,
+    GradientMaskingWarning,
     Square,
 )
 from lightning_trust.core.space import InputSpace
@@ -109,6 +110,81 @@ def test_normalised_inputs():
     assert torch.equal(wrapped(result.inputs).argmax(dim=1) == y, result.robust)
 
 
+class Noisy(nn.Module):
+    """A linear model of the sum of an image, whose first logit carries noise of standard deviation one."""
+
+    def forward(self, x):
+        score = x.flatten(1).sum(dim=1) - 6.4
+        low = torch.full_like(score, -40.0)
+        return torch.stack([score + torch.randn_like(score), torch.zeros_like(score), low, low - 1.0], dim=1)
+
+
+def noisy_samples(worst):
+    """Images of 16 pixels of class 0 whose margin is 8 on average, and ``worst`` in the least corner of a ball."""
+    x = torch.full((400, 1, 4, 4), 0.9)
+    return x, torch.zeros(400, dtype=torch.long), (8.0 - worst) / 16.0
+
+
+@pytest.mark.parametrize(("worst", "least", "most"), [(-0.6, 0.0, 0.03), (0.6, 0.9, 1.0)])
+def test_verdicts_on_a_network_that_answers_at_random_are_those_of_its_mean(worst, least, most):
+    torch.manual_seed(2)
+    x, y, eps = noisy_samples(worst)
+    result = AutoAttack(eps, version="rand", steps=6).evaluate(Noisy(), x, y, draws=draws(400))
+    # one pass would answer rightly for 27 or 73 of 100; the mean of 20 has a standard deviation of less than a quarter
+    assert result.clean_accuracy == 1.0
+    assert least <= result.robust_accuracy <= most
+    assert ((result.inputs - x).abs() <= eps + 1e-6).all()
+
+
+def test_without_means_a_random_network_is_asked_once_an_attack_and_named():
+    torch.manual_seed(2)
+    x, y, eps = noisy_samples(-0.6)
+    attack = AutoAttack(eps, version="custom", attacks=[PGD(eps, steps=5, step_size=eps, random_start=False)])
+    with pytest.warns(GradientMaskingWarning, match=r"answers at random.*version='rand'"):
+        result = attack.evaluate(Noisy(), x, y, draws=draws(400))
+    # a normal number exceeds 0.6 in 27 of 100 draws; asked twice, 47 samples would pass for robust
+    assert result.robust_accuracy == pytest.approx(0.274, abs=0.07)
+
+
+def test_the_better_of_averaging_members_says_how_often_a_verdict_asks():
+    calls = []
+
+    def model(x):
+        calls.append(len(x))
+        return torch.stack([x.flatten(1).sum(dim=1), torch.full_like(x[:, 0, 0, 0], 6.0)], dim=1)
+
+    x, y, _ = noisy_samples(0.0)
+    members = [PGD(0.01, steps=1), APGD(0.01, steps=1, eot_iter=3)]
+    AutoAttack(0.01, version="custom", attacks=members).evaluate(model, x[:5], y[:5])
+    # clean; PGD: a step and a verdict; APGD: two points and a verdict
+    assert calls == [5] * (3 + (1 + 3) + (2 * 3 + 3))
+
+
+def test_what_roundoff_tips_back_counts_as_robust():
+    class Tips(nn.Module):
+        """On the edge of the ball of half the samples, wrong in company of the others and right without them."""
+
+        def forward(self, x):
+            score = x.flatten(1).sum(dim=1) - 14.4 + 0.16 + (1e-6 if len(x) == 2 else -1e-6)
+            return torch.stack([score, torch.zeros_like(score), score - 9.0, score - 9.5], dim=1)
+
+    x, y, _ = noisy_samples(0.0)
+    x = x[:4].clone().double()
+    x[2:] = 0.95
+    member = PGD(0.01, steps=1, step_size=0.01, random_start=False)
+    result = AutoAttack(0.01, version="custom", attacks=[member]).evaluate(Tips(), x, y[:4])
+    assert result.robust.all()
+    assert not result.broken_by["PGD"].any()
+    assert torch.equal(result.inputs, x)
+    # in one company throughout, what wins has won
+    assert (
+        not AutoAttack(0.011, version="custom", attacks=[member.replaced(eps=0.011, step_size=0.011)])
+        .evaluate(Tips(), x, y[:4])
+        .robust[:2]
+        .any()
+    )
+
+
 def test_parts_of_each_version():
     plus = AutoAttack(0.1, version="plus").members()
     assert list(plus) == ["apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"]
@@ -184,4 +260,5 @@ def test_too_few_classes_are_named_before_any_attack(version, classes, least):
 
     with pytest.raises(ValueError, match=rf"at least {least} classes for AutoAttack.*the network has {classes}"):
         AutoAttack(0.1, version=version)(Seen(), torch.rand(2, 1, 4, 4), torch.tensor([0, 1]))
-    assert calls == [2]
+    # of its clean verdict, "rand" takes the mean
+    assert calls == [2] * (20 if version == "rand" else 1)
