@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from lightning_trust.datamodules.adversarial import PseudoLabeledData, RepeatBatches, pseudo_labels
+from lightning_trust.datamodules.adversarial import (
+    PseudoLabeledData,
+    RepeatBatches,
+    ShortcutFashionMNIST,
+    pseudo_labels,
+)
 from lightning_trust.datamodules.cifar import CIFAR10
 from lightning_trust.datamodules.digits import Digits
 from lightning_trust.datamodules.fashion_mnist import FashionMNIST
@@ -22,5 +27,6 @@ __all__ = [
     "PseudoLabeledData",
     "RandomShiftFlip",
     "RepeatBatches",
+    "ShortcutFashionMNIST",
     "pseudo_labels",
 ]

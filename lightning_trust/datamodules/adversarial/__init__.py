@@ -2,5 +2,6 @@
 
 from lightning_trust.datamodules.adversarial.pseudo_labeled_data import PseudoLabeledData, pseudo_labels
 from lightning_trust.datamodules.adversarial.repeat_batches import RepeatBatches
+from lightning_trust.datamodules.adversarial.shortcut_fashion_mnist import ShortcutFashionMNIST
 
-__all__ = ["PseudoLabeledData", "RepeatBatches", "pseudo_labels"]
+__all__ = ["PseudoLabeledData", "RepeatBatches", "ShortcutFashionMNIST", "pseudo_labels"]

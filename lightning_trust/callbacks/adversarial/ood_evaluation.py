@@ -1,0 +1,133 @@
+"""The same measure at home and elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from lightning_trust.core.batch import BatchSpec
+from lightning_trust.core.distributed import gather_rows, rank, world_size
+from lightning_trust.core.host import find_network
+from lightning_trust.core.passes import evaluate
+from lightning_trust.core.step import HostCallback
+
+
+class OODEvaluation(HostCallback):
+    r"""Measure the network on the run's own test data and on others, side by side.
+
+    Logs in ``trainer.test``: ``trust/id_<measure>``; for each other set ``trust/ood_<measure>/<name>`` and
+    ``trust/ood_gap/<name>``, the first minus the second; and ``trust/ood_<measure>/worst``.
+
+    Args:
+        sets: Data modules by name, whose test data are the other sites; classes in the same order as the run's.
+        measure: ``"acc"``: share of samples whose largest logit is that of the class; ``"auroc"``: mean area under the
+            ROC curve over the labels of multi-hot targets. A label with one value only is left out, with a warning.
+        batch_spec: Where inputs and targets sit in a batch.
+        network: Name of the host's network; found by itself if None.
+        name: Tells two callbacks of this class apart.
+
+    Raises:
+        ValueError: If there is no set, or ``measure`` is another word (at once); if a set has other class names
+            (before the test), or targets do not fit the measure.
+
+    Example:
+        >>> from lightning_trust.datamodules import ShortcutFashionMNIST
+        >>> OODEvaluation({"elsewhere": ShortcutFashionMNIST(shifted=True)}).measure
+        'acc'
+
+    """
+
+    # in a fit as well, so that a strategy that is not supported is refused before training
+    stages = ("fit", "test")
+
+    def __init__(
+        self,
+        sets: dict[str, LightningDataModule],
+        measure: Literal["acc", "auroc"] = "acc",
+        batch_spec: BatchSpec | None = None,
+        network: str | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name=name)
+        if not sets:
+            raise ValueError("Expected argument `sets` to hold at least one data module, but got none.")
+        if measure not in ("acc", "auroc"):
+            raise ValueError(f"Expected argument `measure` to be 'acc' or 'auroc', but got {measure!r}.")
+        self.sets = sets
+        self.measure = measure
+        self.batch_spec = batch_spec or BatchSpec()
+        self.network = network
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Set the other data up, and compare the names of the classes."""
+        super().setup(trainer, pl_module, stage)
+        if stage != "test":
+            return
+        own = getattr(trainer.datamodule, "class_names", None)
+        for name, data in self.sets.items():
+            data.prepare_data()
+            data.setup("test")
+            other = getattr(data, "class_names", None)
+            if own is not None and other is not None and tuple(own) != tuple(other):
+                raise ValueError(
+                    f"Expected the set '{name}' to have the classes of the run's data in the same order, {list(own)},"
+                    f" but got {list(other)}."
+                )
+
+    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Measure all sets and log them."""
+        loaders = trainer.test_dataloaders
+        own = self._measured(trainer, pl_module, loaders[0] if isinstance(loaders, (list, tuple)) else loaders)
+        found = {f"trust/id_{self.measure}": own}
+        values = []
+        for name, data in self.sets.items():
+            value = self._measured(trainer, pl_module, data.test_dataloader())
+            found[f"trust/ood_{self.measure}/{name}"] = value
+            found[f"trust/ood_gap/{name}"] = own - value
+            values.append(value)
+        found[f"trust/ood_{self.measure}/worst"] = min(values)
+        pl_module.log_dict(found)
+
+    def _measured(self, trainer: Any, host: Any, loader: Any) -> float:
+        dataset = loader.dataset
+        # every row once, on any number of ranks, whatever sampler the loader has
+        shard = Subset(dataset, list(range(rank(), len(dataset), world_size())))
+        rows = DataLoader(shard, batch_size=loader.batch_size or 128, collate_fn=loader.collate_fn)
+        outputs, targets = [], []
+        for logits, labels in evaluate(trainer, host, find_network(host, self.network), rows, self.batch_spec):
+            outputs.append(logits.cpu())
+            targets.append(labels.cpu())
+        whole = gather_rows(torch.cat(outputs)), gather_rows(torch.cat(targets))
+        return accuracy(*whole) if self.measure == "acc" else mean_auroc(*whole)
+
+
+def accuracy(logits: Tensor, targets: Tensor) -> float:
+    """Share of samples whose largest logit is that of the class."""
+    if targets.ndim != 1:
+        raise ValueError(f"Expected classes of shape (N,) for measure='acc', but got shape {tuple(targets.shape)}.")
+    return float((logits.argmax(dim=1) == targets).double().mean())
+
+
+def mean_auroc(logits: Tensor, targets: Tensor) -> float:
+    """Mean area under the ROC curve over the labels that have both values; NaN where none has."""
+    if targets.ndim != 2:
+        raise ValueError(
+            f"Expected multi-hot targets of shape (N, K) for measure='auroc', but got shape {tuple(targets.shape)}."
+        )
+    from sklearn.metrics import roc_auc_score
+
+    values, left = [], []
+    for label in range(targets.shape[1]):
+        true = targets[:, label] > 0.5
+        if bool(true.all()) or not bool(true.any()):
+            left.append(label)
+            continue
+        values.append(float(roc_auc_score(true.numpy(), logits[:, label].numpy())))
+    if left:
+        rank_zero_warn(f"Labels {left} have one value only in this set, so they have no ROC curve and are left out.")
+    return sum(values) / len(values) if values else float("nan")

@@ -1,0 +1,132 @@
+"""OODEvaluation: figures by hand, AUROC, class names; the planted shortcut does what it says."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+from torch.utils.data import DataLoader
+
+from lightning_trust.callbacks import OODEvaluation
+from lightning_trust.callbacks.adversarial.ood_evaluation import accuracy, mean_auroc
+from lightning_trust.datamodules import ShortcutFashionMNIST
+from tests.callbacks.adversarial.test_adversarial_training import Images, images
+from tests.conformance import CallbackConformance, Data
+from tests.two_ranks import QUIET
+
+
+class Sites(pl.LightningDataModule):
+    def __init__(self, seed: int = 0, names: tuple[str, ...] = ("a", "b", "c")) -> None:
+        super().__init__()
+        self.seed = seed
+        self.class_names = names
+
+    def test_dataloader(self):
+        return DataLoader(images(20, seed=self.seed), batch_size=7)
+
+
+class Other(Data):
+    """The tester's data under another name."""
+
+
+class TestOODEvaluation(CallbackConformance):
+    callback = OODEvaluation
+    arguments: ClassVar = {"sets": {"there": {"class_path": f"{__name__}.Other", "init_args": {"batch_size": 8}}}}
+
+
+class Tested(Images):
+    def test_step(self, batch, batch_idx):
+        pass
+
+
+def test_figures_are_those_of_a_plain_loop():
+    host = Tested()
+    callback = OODEvaluation({"x": Sites(1), "y": Sites(2)})
+    trainer = pl.Trainer(callbacks=[callback], **QUIET)
+    (found,) = trainer.test(host, Sites(0), verbose=False)
+    shares = []
+    for seed in range(3):
+        x, y = images(20, seed=seed).tensors
+        shares.append((host.net(x).argmax(1) == y).float().mean().item())
+    assert found["trust/id_acc"] == pytest.approx(shares[0])
+    assert found["trust/ood_acc/x"] == pytest.approx(shares[1])
+    assert found["trust/ood_gap/y"] == pytest.approx(shares[0] - shares[2])
+    assert found["trust/ood_acc/worst"] == pytest.approx(min(shares[1:]))
+
+
+def test_auroc_is_scikit_learns_and_skips_labels_of_one_value():
+    logits, targets = torch.randn(30, 3), (torch.rand(30, 3) < 0.4).float()
+    targets[:, 1] = 1.0
+    with pytest.warns(UserWarning, match=r"Labels \[1\] have one value only"):
+        found = mean_auroc(logits, targets)
+    expected = [roc_auc_score(targets[:, label], logits[:, label]) for label in (0, 2)]
+    assert found == pytest.approx(sum(expected) / 2)
+    with pytest.raises(ValueError, match=r"multi-hot targets of shape \(N, K\)"):
+        mean_auroc(logits, targets[:, 0])
+    with pytest.raises(ValueError, match=r"classes of shape \(N,\)"):
+        accuracy(logits, targets)
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="`sets`"):
+        OODEvaluation({})
+    with pytest.raises(ValueError, match="`measure`"):
+        OODEvaluation({"x": Sites()}, measure="f1")
+    trainer = pl.Trainer(callbacks=[OODEvaluation({"x": Sites(1, ("a", "c", "b"))})], **QUIET)
+    with pytest.raises(
+        ValueError, match=r"set 'x' .* \['a', 'b', 'c'\], but got \['a', 'c', 'b'\]"
+    ):
+        trainer.test(Tested(), Sites(0), verbose=False)
+
+
+# -- the shortcut ------------------------------------------------------------------------------------------------------
+def planted(**arguments):
+    data = ShortcutFashionMNIST(train_rows=400, val_rows=50, test_rows=300, **arguments)
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def nearest_pattern(data, dataset):
+    """The class whose pattern correlates best with what is not the garment."""
+    images = dataset.images.float() / 255
+    return torch.einsum("nchw,kchw->nk", images, data.patterns).argmax(1)
+
+
+def test_pattern_tells_the_class_at_home_only():
+    home, away = (planted(amplitude=0.5, shifted=shifted) for shifted in (False, True))
+    for data, dataset, share in (
+        (home, home.train_dataset, 0.95),
+        (home, home.test_dataset, 0.95),
+        (away, away.test_dataset, 0.1),
+    ):
+        told = (nearest_pattern(data, dataset) == dataset.targets).float().mean().item()
+        assert told == pytest.approx(share, abs=0.08)
+    # the same images at both sites, but for the patterns
+    assert torch.equal(home.test_dataset.targets, away.test_dataset.targets)
+    same = (home.test_dataset.images == away.test_dataset.images).flatten(1).all(1).float().mean().item()
+    assert 0.05 < same < 0.2
+
+
+def test_pattern_is_as_faint_as_asked():
+    plain, faint, corner = planted(amplitude=0.0), planted(amplitude=0.08), planted(amplitude=0.5, kind="corner")
+    difference = (faint.train_dataset.images.float() - plain.train_dataset.images.float()).abs() / 255
+    assert difference.max().item() == pytest.approx(0.08, abs=0.003)
+    changed = (corner.train_dataset.images != plain.train_dataset.images).any(dim=0)[0]
+    assert not changed[8:].any()
+    assert not changed[:, 8:].any()
+    noisy = planted(amplitude=0.0, noise=0.1)
+    changed = noisy.train_dataset.images != plain.train_dataset.images
+    assert not changed[plain.train_dataset.images > 0].any()
+    assert changed.float().mean() > 0.2
+
+
+@pytest.mark.parametrize("name", ["amplitude", "p_train", "p_id", "p_ood", "noise"])
+def test_shares_out_of_range(name):
+    with pytest.raises(ValueError, match=rf"`{name}` to be in \[0, 1\], but got 1.5"):
+        ShortcutFashionMNIST(**{name: 1.5})
+    with pytest.raises(ValueError, match="`kind`"):
+        ShortcutFashionMNIST(kind="border")
