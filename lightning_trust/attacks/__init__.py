@@ -11,6 +11,7 @@ from lightning_trust.attacks.fgsm import FGSM, RFGSM, FastFGSM
 from lightning_trust.attacks.gradient_masking import GradientMaskingWarning, check_gradient_masking
 from lightning_trust.attacks.msd import MSD
 from lightning_trust.attacks.pgd import MIFGSM, PGD
+from lightning_trust.attacks.planted_weakness import PlantedWeakness, SelfTest, find_planted_weakness
 from lightning_trust.attacks.search import SearchAttack
 from lightning_trust.attacks.simba import SimBA
 from lightning_trust.attacks.square import Square
@@ -34,10 +35,13 @@ __all__ = [
     "ExternalAttack",
     "FastFGSM",
     "GradientMaskingWarning",
+    "PlantedWeakness",
     "Problem",
     "SearchAttack",
+    "SelfTest",
     "SimBA",
     "Square",
     "ZOSignSGD",
     "check_gradient_masking",
+    "find_planted_weakness",
 ]

@@ -14,15 +14,18 @@ from lightning_trust.core.randomness import SampleDraws
 from lightning_trust.core.space import InputSpace
 from lightning_trust.functional.adversarial.projections import Norm, norm_of, per_sample
 
+# points of the surface of which one is chosen
+_OUTER = 32
+
 
 class PlantedWeakness(nn.Module):
     r"""A two-way readout of a network's outputs that one known point of the ball crosses.
 
     .. math:: s(x) = \frac{\langle v, f(x) \rangle - m}{h}, \qquad v = f(b) - \overline{f(x_i)}
 
-    with random inner points :math:`x_i` of the ball and a random point :math:`b` on its surface; :math:`m` and
-    :math:`h` put the clean input and all inner points at :math:`s \le -1` and :math:`b` at 1. The true class has logit
-    0, another one :math:`s(x)`, the rest a constant far below.
+    with random inner points :math:`x_i` of the ball and, of a few random points on its surface, the one :math:`b` that
+    is best told from them; :math:`m` and :math:`h` put the clean input and all inner points at :math:`s \le -1` and
+    :math:`b` at 1. The true class has logit 0, another one :math:`s(x)`, the rest a constant far below.
 
     Paper: Increasing Confidence in Adversarial Robustness Evaluations (NeurIPS 2022), whose test it simplifies: the
     readout stands on the logits.
@@ -35,10 +38,24 @@ class PlantedWeakness(nn.Module):
         norm: Norm of the ball.
         space: Box and normalisation of the inputs.
         draws: Random numbers of the sample.
+        inner: Number of inner points, at least 1.
+
+    Raises:
+        ValueError: If ``inner`` is less than 1.
 
     Attributes:
         known: The point that crosses, raw, shape ``(1, ...)``.
         testable: Whether the outputs tell the known point from the inner ones.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> network = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+        >>> sample, draws = torch.full((1, 1, 4, 4), 0.5), SampleDraws(torch.arange(1), seed=0)
+        >>> planted = PlantedWeakness(network, sample, torch.tensor([2]), 0.1, "linf", InputSpace(), draws)
+        >>> planted(sample).argmax().item(), planted(planted.known).argmax().item()
+        (2, 0)
+        >>> round((planted.known - sample).abs().max().item(), 4)
+        0.1
 
     """
 
@@ -58,30 +75,35 @@ class PlantedWeakness(nn.Module):
         inner: int = 64,
     ) -> None:
         super().__init__()
+        if inner < 1:
+            raise ValueError(f"Expected argument `inner` to be at least 1, but got {inner}.")
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
-        shape = sample.shape[1:]
-        points = SampleDraws(torch.arange(inner + 1, device=sample.device), draws.seed)
-        offsets = random_in_ball(points, sample.expand(inner + 1, *shape), eps, norm)
-        # the last one is pushed out to the surface
-        surface = (
-            offsets[-1:].sign() * eps
-            if norm == "linf"
-            else offsets[-1:] * per_sample(eps / norm_of(offsets[-1:], norm).clamp_min(1e-12), offsets[-1:])
+        shape, count = sample.shape[1:], inner + _OUTER
+        points = SampleDraws(torch.arange(count, device=sample.device), draws.seed)
+        offsets = random_in_ball(points, sample.expand(count, *shape), eps, norm)
+        last = offsets[inner:]
+        # the last ones are pushed out to the surface
+        offsets[inner:] = (
+            last.sign() * eps if norm == "linf" else last * per_sample(eps / norm_of(last, norm).clamp_min(1e-12), last)
         )
-        self.known = (sample + surface).clamp(space.low, space.high)
-        places = torch.cat([sample, (sample + offsets[:-1]).clamp(space.low, space.high), self.known])
+        places = torch.cat([sample, (sample + offsets).clamp(space.low, space.high)])
+        kind = next((parameter.dtype for parameter in self.network.parameters()), sample.dtype)
         with torch.no_grad():
-            outputs = self.network(space.from_raw(places)).float()
-        near, far = outputs[:-1], outputs[-1]
+            outputs = self.network(space.from_raw(places).to(kind)).float()
+        near, far = outputs[: inner + 1], outputs[inner + 1 :]
         self.classes = outputs.shape[1]
         self.target = int(target)
         self.other = (self.target + 1) % self.classes
-        direction = far - near.mean(dim=0)
-        highest, reached = (near @ direction).max(), far @ direction
-        self.register_buffer("direction", direction)
-        self.register_buffer("middle", (reached + highest) / 2)
-        self.register_buffer("half_width", (reached - highest) / 2)
-        self.testable = bool(reached > highest + 1e-4 * (near @ direction).abs().max())
+        directions = far - near.mean(dim=0)
+        projected = near @ directions.T
+        reached, highest = (far * directions).sum(dim=1), projected.amax(dim=0)
+        ahead = (reached - highest) / directions.square().sum(dim=1)
+        best = int(ahead.nan_to_num(-torch.inf).argmax())
+        self.known = places[inner + 1 + best : inner + 2 + best]
+        self.register_buffer("direction", directions[best])
+        self.register_buffer("middle", (reached + highest)[best] / 2)
+        self.register_buffer("half_width", (reached - highest)[best] / 2)
+        self.testable = bool(reached[best] > highest[best] + 1e-4 * projected[:, best].abs().max())
 
     def forward(self, x: Tensor) -> Tensor:
         """Inputs as the network takes them -> logits of the planted classifier."""
@@ -119,8 +141,18 @@ def find_planted_weakness(
         space: Box and normalisation of the inputs.
         seed: Seed of the random points.
 
+    Returns:
+        How many were found, and in how many samples there was something to be found.
+
     Raises:
         ValueError: If the attack has no radius.
+
+    Example:
+        >>> from lightning_trust.attacks import PGD
+        >>> _ = torch.manual_seed(0)
+        >>> network = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+        >>> find_planted_weakness(PGD(eps=0.1), network, torch.rand(4, 1, 4, 4), torch.arange(4) % 3, InputSpace())
+        SelfTest(found=4, testable=4)
 
     """
     if attack.eps is None:

@@ -146,7 +146,7 @@ def test_without_means_a_random_network_is_asked_once_an_attack_and_named():
     assert result.robust_accuracy == pytest.approx(0.274, abs=0.07)
 
 
-def test_the_better_of_averaging_members_says_how_often_a_verdict_asks():
+def test_a_verdict_asks_as_often_as_the_attack_that_averages_most():
     calls = []
 
     def model(x):
