@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import random
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -89,6 +91,8 @@ class ExternalAttack(Attack):
         seed = derived_seed("external", problem.draws.seed, *problem.draws.keys[:1].tolist())
         with untouched_random_state():
             torch.manual_seed(seed)
+            np.random.seed(seed % 2**32)
+            random.seed(seed)
             found = run(made, problem)
         return self._checked(problem, found)
 
@@ -106,6 +110,11 @@ class ExternalAttack(Attack):
             if radius is not None:
                 if not hasattr(attack, "eps"):
                     raise ValueError(f"{type(made).__name__} has no `eps`: expected `eps=None`, but got {self.eps}.")
+                if any(hasattr(type(part), "set_model") for part in vars(attack).values()):
+                    raise ValueError(
+                        f"{type(made).__name__} is made of attacks that have their radii already: expected `eps=None`"
+                        f" or the class instead of an attack that is made, but got eps={self.eps}."
+                    )
                 attack.eps = radius
         if hasattr(attack, "set_device"):
             attack.set_device(inputs.device)
@@ -119,16 +128,13 @@ class ExternalAttack(Attack):
         return low + width * found.detach().to(problem.inputs.dtype)
 
     def _foolbox(self, made: Any, problem: Problem) -> Tensor:
-        foolbox = importlib.import_module(
-            type(made).__module__.split(".")[0] if not isinstance(made, type) else made.__module__.split(".")[0]
-        )
         inputs = problem.inputs.float()
         network = _Seen(lambda raw: problem.model(raw.to(problem.inputs.dtype)), inputs)
-        seen = foolbox.PyTorchModel(network, bounds=(problem.low, problem.high), device=inputs.device)
+        seen = load("foolbox.PyTorchModel")(network, bounds=(problem.low, problem.high), device=inputs.device)
         attack = made(**self.arguments) if isinstance(made, type) else made
         criterion: Any = problem.targets
         if problem.goal is not None:
-            criterion = foolbox.criteria.TargetedMisclassification(problem.goal)
+            criterion = load("foolbox.criteria.TargetedMisclassification")(problem.goal)
         _, found, _ = attack(seen, inputs, criterion, epsilons=self.eps)
         if not isinstance(found, Tensor) or found.shape != inputs.shape:
             return self._refuse(found, inputs)
