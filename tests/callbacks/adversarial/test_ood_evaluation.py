@@ -76,9 +76,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match="`measure`"):
         OODEvaluation({"x": Sites()}, measure="f1")
     trainer = pl.Trainer(callbacks=[OODEvaluation({"x": Sites(1, ("a", "c", "b"))})], **QUIET)
-    with pytest.raises(
-        ValueError, match=r"set 'x' .* \['a', 'b', 'c'\], but got \['a', 'c', 'b'\]"
-    ):
+    with pytest.raises(ValueError, match=r"set 'x' .* \['a', 'b', 'c'\], but got \['a', 'c', 'b'\]"):
         trainer.test(Tested(), Sites(0), verbose=False)
 
 
