@@ -5,17 +5,21 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch import Tensor
 
-from lightning_trust.core.modes import eval_mode, frozen_parameters, untouched_batchnorm
+# with `as`: also to be had from here
+from lightning_trust.attacks.preparation import Model as Model
+from lightning_trust.attacks.preparation import attack_mode as attack_mode
+from lightning_trust.attacks.preparation import check_logits as check_logits
+from lightning_trust.attacks.preparation import check_radius as check_radius
+from lightning_trust.attacks.preparation import owner_of as owner_of
+from lightning_trust.attacks.preparation import prepared as prepared
 from lightning_trust.core.randomness import SampleDraws
 from lightning_trust.core.space import InputSpace
 from lightning_trust.functional.adversarial.losses import (
@@ -29,7 +33,6 @@ from lightning_trust.functional.adversarial.projections import Norm, check_norm
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 LossName = Literal["ce", "dlr", "margin", "kl"]
-Model = Callable[[Tensor], Tensor]
 _LEAST_CLASSES = {"ce": 2, "dlr": 3, "margin": 2, "kl": 1}
 UNIT_BOX = InputSpace()
 
@@ -395,77 +398,3 @@ class Attack(ABC):
         space.check(x)
         if goal is not None and bool((goal == y).any()):
             raise ValueError("Expected argument `target` to differ from `targets` in every row, but some are equal.")
-
-
-def check_radius(eps: float, space: InputSpace) -> None:
-    """Refuse an l-infinity radius that cannot be meant in the units of a space.
-
-    Raises:
-        ValueError: If the radius is larger than the box.
-
-    """
-    width = space.high - space.low
-    if eps > width:
-        hint = f" Did you mean {eps:g}/255?" if width <= 2.0 and eps <= 255.0 else ""
-        raise ValueError(
-            f"Expected argument `eps` to be in the units of the inputs, in [0, {width:g}], but got {eps:g}.{hint} For"
-            " data in another range pass `space=InputSpace(low, high)`."
-        )
-
-
-def owner_of(model: Model) -> nn.Module | None:
-    """The module behind a callable, whose modes and parameters an attack must mind; None for a plain function."""
-    if isinstance(model, nn.Module):
-        return model
-    owner = getattr(model, "__self__", None)
-    return owner if isinstance(owner, nn.Module) else None
-
-
-@contextmanager
-def attack_mode(model: Model, batch_norm: Literal["eval", "batch"] = "eval") -> Iterator[None]:
-    """Set the modes of a model for an attack, and give them back.
-
-    Args:
-        model: The model.
-        batch_norm: Whether BatchNorm uses its running statistics (``"eval"``) or those of the batch (``"batch"``).
-
-    """
-    module = owner_of(model)
-    if module is None:
-        yield
-        return
-    with ExitStack() as stack:
-        stack.enter_context(eval_mode(module))
-        if batch_norm == "batch":
-            for layer in module.modules():
-                if isinstance(layer, _NormBase):
-                    layer.training = True
-            stack.enter_context(untouched_batchnorm(module))
-        yield
-
-
-@contextmanager
-def prepared(model: Model, batch_norm: Literal["eval", "batch"] = "eval") -> Iterator[None]:
-    """:func:`attack_mode` without gradients of parameters: neither computed nor prepared for in the forward pass."""
-    module = owner_of(model)
-    with attack_mode(model, batch_norm), frozen_parameters([] if module is None else module.parameters()):
-        yield
-
-
-def check_logits(outputs: Any, targets: Tensor, owner: str, name: str = "targets") -> None:
-    """Refuse what a network puts out if it is no batch of logits, or has too few of them for the targets.
-
-    Raises:
-        ValueError: Naming the shape.
-
-    """
-    if not isinstance(outputs, Tensor) or outputs.ndim != 2:
-        found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise ValueError(
-            f"Expected the network that {owner} attacks to put out logits of shape (N, K), but got {found}."
-        )
-    if len(targets) and not (int(targets.min()) >= 0 and int(targets.max()) < outputs.shape[1]):
-        raise ValueError(
-            f"Expected argument `{name}` of {owner} to hold classes in [0, {outputs.shape[1]}), the number of logits,"
-            f" but got classes from {int(targets.min())} to {int(targets.max())}."
-        )

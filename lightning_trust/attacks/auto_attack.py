@@ -13,9 +13,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_trust.attacks.apgd import APGD, APGDTargeted
-from lightning_trust.attacks.attack import Attack, Model, Problem, prepared
+from lightning_trust.attacks.attack import Attack, Problem
 from lightning_trust.attacks.fab import FAB
 from lightning_trust.attacks.gradient_masking import GradientMaskingWarning, outputs_differ
+from lightning_trust.attacks.preparation import Model, prepared
 from lightning_trust.attacks.search import SearchAttack, check_search
 from lightning_trust.attacks.square import Square
 from lightning_trust.core.randomness import SampleDraws

@@ -7,9 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_trust.attacks.attack import Attack, Loss, LossName, Problem, check_radius
+from lightning_trust.attacks.attack import Attack, Loss, LossName, Problem
 from lightning_trust.attacks.fgsm import check_steps
 from lightning_trust.attacks.pgd import ball_step
+from lightning_trust.attacks.preparation import check_radius
 from lightning_trust.core.space import InputSpace
 from lightning_trust.functional.adversarial.projections import Norm, per_sample
 
