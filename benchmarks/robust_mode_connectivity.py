@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import functools
 import io
 import json
 import logging
@@ -29,7 +30,6 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -110,6 +110,7 @@ def evaluations(size: Size, share: float = 0.4) -> dict[str, Attack]:
     return {norm: pgd(norm, size.test_steps, share) for norm in EPS}
 
 
+@functools.cache
 def _data(size: Size) -> pl.LightningDataModule:
     return FashionMNIST(
         train_rows=size.train_rows, val_rows=size.val_rows, test_rows=size.test_rows, batch_size=size.batch
@@ -120,7 +121,7 @@ def _fit(
     network: nn.Module, size: Size, epochs: int, lr: float, callbacks: list[pl.Callback], wd: float = 5e-4
 ) -> float:
     """Train in place; seconds."""
-    sgd = partial(torch.optim.SGD, lr=lr, momentum=0.9, weight_decay=wd)
+    sgd = functools.partial(torch.optim.SGD, lr=lr, momentum=0.9, weight_decay=wd)
     trainer = pl.Trainer(**QUIET, max_epochs=epochs, limit_val_batches=0, callbacks=callbacks)
     start = time.perf_counter()
     trainer.fit(ImageClassifier(network, optimizer=sgd), datamodule=_data(size))
