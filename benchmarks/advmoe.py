@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import tempfile
 import time
 import warnings
@@ -34,6 +35,7 @@ from lightning_trust.datamodules import FashionMNIST
 from lightning_trust.metrics import ExpertUtilisation, RouterRobustness
 from lightning_trust.modules import ImageClassifier
 from lightning_trust.nn import (
+    MoEConv2d,
     MoENetwork,
     Router,
     SmallCNN,
@@ -107,7 +109,12 @@ def network(run: Run) -> nn.Module:
         return dense
     router = Router(2, 1, widths=(8, 16), blocks=(1, 1))
     # the joint run needs the router's whole gradient in every step
-    return convert_to_moe(dense, ratio=0.5, router=router, dispatch="group" if run.router_objective else "mask")
+    moe = convert_to_moe(dense, ratio=0.5, router=router, dispatch="group" if run.router_objective else "mask")
+    for layer in moe.network.modules():
+        # as SmallCNN begins: in so short a run the initial weights matter more than what is compared
+        if isinstance(layer, (nn.Conv2d, MoEConv2d)):
+            nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5))
+    return moe
 
 
 def measured(
