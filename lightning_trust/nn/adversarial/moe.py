@@ -206,8 +206,9 @@ class MoENetwork(nn.Module):
     by its running statistics, each part of the batch runs through the whole network by itself; where it needs the
     statistics of the batch, the parts meet in every layer, so that the statistics are of all images, as with
     ``dispatch="mask"``, in which all experts compute. Outputs and gradients of the pathways are the same in both; the
-    router gets its whole straight-through gradient with ``"mask"`` only. Layers inside see the images sorted by expert.
-    Sorting waits once a forward pass for the device.
+    router gets its whole straight-through gradient with ``"mask"`` only, and in eval mode none with ``"group"``: there
+    the gradient at the images is that of the pathway they take, as an attack needs it. Layers inside see the images
+    sorted by expert. Sorting waits once a forward pass for the device.
 
     Paper: Robust Mixture-of-Expert Training for Convolutional Neural Networks (ICCV 2023).
 
@@ -315,6 +316,10 @@ class MoENetwork(nn.Module):
         if self.dispatch == "mask":
             with self.context.routed(Routing(hot, None)):
                 return self.network(x)
+        if not self.training:
+            # the part of the chosen expert alone would lead attacks astray: a constant decision leaves the gradient
+            # of the pathway, which is the true one wherever the decision does not change
+            hot = hot.detach()
         chosen = hot.detach().argmax(dim=1)
         counts: tuple[int, ...] = tuple(torch.bincount(chosen, minlength=self.num_experts).tolist())
         if max(counts) == len(x):

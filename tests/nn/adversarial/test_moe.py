@@ -212,6 +212,27 @@ def test_router_gets_its_whole_gradient_from_mask_and_that_of_the_chosen_from_gr
     torch.testing.assert_close(found["group"], each * torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]))
 
 
+@pytest.mark.parametrize("rows", [slice(None), slice(1, 2)], ids=["both experts", "one expert"])
+def test_gradient_at_the_images_in_eval_mode_is_that_of_finite_differences(rows):
+    """An attack that follows anything else finds less than there is."""
+    moe = network().double().eval()
+    x = images()[rows].double()
+    targets = torch.arange(len(x)) % 10
+    direction = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(4))
+
+    def losses(place):
+        return F.cross_entropy(moe(place), targets, reduction="none")
+
+    size = 1e-6
+    further, nearer = x + size * direction, x - size * direction
+    assert torch.equal(moe.route(further).argmax(1), moe.route(nearer).argmax(1))
+    with torch.no_grad():
+        expected = (losses(further) - losses(nearer)) / (2.0 * size)
+    place = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(losses(place).sum(), place)
+    torch.testing.assert_close((gradient * direction).sum(dim=(1, 2, 3)), expected, rtol=1e-5, atol=1e-7)
+
+
 # -- the routing is passed safely --------------------------------------------------------------------------------------
 def test_two_forward_passes_before_a_backward_pass_keep_their_own_routing():
     moe = network().train()
