@@ -21,6 +21,7 @@ from lightning_trust.callbacks.adversarial.training_batches import training_batc
 from lightning_trust.core.batch import BatchSpec
 from lightning_trust.core.distributed import from_all_ranks, rank, world_size
 from lightning_trust.core.files import write_json, write_tensors
+from lightning_trust.core.host import plain_name
 from lightning_trust.core.modes import eval_mode
 from lightning_trust.core.passes import reestimate_batchnorm
 from lightning_trust.core.randomness import SampleDraws
@@ -376,7 +377,8 @@ def check_statistics(curve: CurveNetwork) -> None:
 
 def _plain_state(host: Any, curve: CurveNetwork) -> Mapping[str, Tensor]:
     """The state dict that the host has with the network at the curve's position in the curve's place."""
-    prefix = next(name for name, module in host.named_modules() if module is curve)
-    others = {name: value for name, value in host.state_dict().items() if not name.startswith(f"{prefix}.")}
+    prefix = plain_name(next(name for name, module in host.named_modules() if module is curve))
+    state = {plain_name(name): value for name, value in host.state_dict().items()}
+    others = {name: value for name, value in state.items() if not name.startswith(f"{prefix}.")}
     point = {f"{prefix}.{name}": value for name, value in curve.export().state_dict().items()}
     return {name: value.detach().clone() for name, value in {**others, **point}.items()}

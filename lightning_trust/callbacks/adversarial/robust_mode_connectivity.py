@@ -163,6 +163,8 @@ def curve_of(host: nn.Module, network: str | None, owner: str) -> CurveNetwork:
 
     """
     found = find_network(host, network)
+    # what torch.compile puts around it shares its weights
+    found = getattr(found, "_orig_mod", found)
     if not isinstance(found, CurveNetwork):
         raise MisconfigurationException(
             f"{owner} needs a host whose network is a CurveNetwork, but got {type(found).__name__}. Wrap it where it is"

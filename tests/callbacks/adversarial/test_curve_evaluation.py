@@ -237,9 +237,11 @@ def test_choice_is_made_in_validation_and_only_there(tmp_path):
     assert not any("selected" in key for key in unchosen)
 
 
-@pytest.mark.parametrize("by", ["union", "mean"])
-def test_export_is_the_plain_network_at_the_best_point(tmp_path, by):
+@pytest.mark.parametrize(("by", "compiled"), [("union", False), ("mean", True)])
+def test_export_is_the_plain_network_at_the_best_point(tmp_path, by, compiled):
     host, file = Curve(), tmp_path / "best.safetensors"
+    if compiled:
+        host.net = torch.compile(host.net, backend="eager")
     callback = CurveEvaluation(ATTACKS, num_points=5, select_by=by, export=str(file))
     (found,) = trainer(tmp_path, callback).validate(host, datamodule=Data(batch_size=24), verbose=False)
     assert found[f"trust/curve/best/robust_acc/{by}"] == max(

@@ -163,6 +163,15 @@ def test_an_exception_gives_the_position_back():
     assert host.net.t == 0.25
 
 
+def test_a_compiled_curve_trains_as_it_is():
+    hosts = [Curve(), Curve()]
+    hosts[1].net = torch.compile(hosts[1].net, backend="eager")
+    for host in hosts:
+        fit(host, [RobustModeConnectivity()])
+    weights = [next(value for name, value in host.named_parameters() if "bends.0.0.w" in name) for host in hosts]
+    torch.testing.assert_close(*weights)
+
+
 @pytest.mark.parametrize("same", [True, False])
 def test_two_ranks(tmp_path, same):
     results = fit_on_two_ranks(
