@@ -18,6 +18,7 @@ from typing import Any
 
 import lightning_trust.callbacks
 import lightning_trust.datamodules
+import lightning_trust.nn
 import lightning_trust.optim
 from benchmarks.results import Result
 from benchmarks.robustness_results import RobustnessResult, RobustnessRow
@@ -29,7 +30,7 @@ from lightning_trust.report.table import percent, seconds
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 #: whose classes have tables of arguments
-ROOMS = (lightning_trust.callbacks, lightning_trust.datamodules, lightning_trust.optim)
+ROOMS = (lightning_trust.callbacks, lightning_trust.datamodules, lightning_trust.nn, lightning_trust.optim)
 NOT_YET = "Not measured yet."
 NOTE = (
     "UA, RA, TA and MIA in percent: unlearning accuracy (share of the forgotten rows that the model gets wrong),"

@@ -126,7 +126,7 @@ def gradient_sum(
 
 @torch.no_grad()
 def reestimate_batchnorm(trainer: Any, host: Any, network: nn.Module, loader: Iterable[Any], spec: BatchSpec) -> None:
-    """Compute BatchNorm's running statistics anew from data, as cumulative averages over the batches of all ranks.
+    """Compute BatchNorm's running statistics anew from data: averages over the batches of all ranks by their rows.
 
     A layer that no batch reaches keeps what it has.
 
@@ -141,25 +141,32 @@ def reestimate_batchnorm(trainer: Any, host: Any, network: nn.Module, loader: It
     layers = [layer for layer in network.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
     momenta = [layer.momentum for layer in layers]
     found = [[buffer.clone() for buffer in layer.buffers(recurse=False)] for layer in layers]
+    seen = 0
     with timed_pass(host), untouched_random_state(), eval_mode(host), eval_mode(network):
         for layer in layers:
             layer.reset_running_stats()
-            layer.momentum, layer.training = None, True
+            layer.training = True
         try:
             for batch in transferred(trainer, host, loader):
+                inputs = spec.inputs_of(batch)
+                seen += len(inputs)
+                for layer in layers:
+                    # a batch counts with its rows
+                    layer.momentum = len(inputs) / seen
                 with trainer.precision_plugin.forward_context():
-                    network(spec.inputs_of(batch))
+                    network(inputs)
         finally:
             for layer, momentum in zip(layers, momenta, strict=True):
                 layer.momentum = momentum
         for layer, before in zip(layers, found, strict=True):
             count = layer.get_buffer("num_batches_tracked")
-            # a rank counts with its batches
-            sums = [layer.get_buffer("running_mean") * count, layer.get_buffer("running_var") * count, count]
+            # a rank counts with its rows, where the layer has seen any
+            rows = torch.full_like(count, seen if int(count) else 0)
+            sums = [layer.get_buffer("running_mean") * rows, layer.get_buffer("running_var") * rows, rows, count]
             sum_over_ranks_(sums)
             if int(count) == 0:
                 for buffer, value in zip(layer.buffers(recurse=False), before, strict=True):
                     buffer.copy_(value)
                 continue
             for name, total in zip(("running_mean", "running_var"), sums, strict=False):
-                layer.get_buffer(name).copy_(total / count)
+                layer.get_buffer(name).copy_(total / rows)

@@ -234,7 +234,9 @@ def test_gradient_sum_in_the_precision_of_the_host(tmp_path):
 def expected_statistics(host: Host, batches: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.no_grad():
         hidden = [host.net.first(2.0 * batch).double() for batch in batches]
-    return torch.stack([h.mean(0) for h in hidden]).mean(0), torch.stack([h.var(0) for h in hidden]).mean(0)
+    # the mean of all rows, exactly; the variance within batches, each with its rows
+    rows = sum(len(h) for h in hidden)
+    return torch.cat(hidden).mean(0), sum(len(h) * h.var(0) for h in hidden) / rows
 
 
 def reestimated(batch_size: int):
