@@ -313,13 +313,13 @@ class MoENetwork(nn.Module):
         return self._through(x, hot)
 
     def _through(self, x: Tensor, hot: Tensor) -> Tensor:
+        if not self.training:
+            # the pseudo-gradient of the decision would lead attacks astray: a constant decision leaves the gradient of the
+            # pathway, which is the true one wherever the decision does not change
+            hot = hot.detach()
         if self.dispatch == "mask":
             with self.context.routed(Routing(hot, None)):
                 return self.network(x)
-        if not self.training:
-            # the part of the chosen expert alone would lead attacks astray: a constant decision leaves the gradient
-            # of the pathway, which is the true one wherever the decision does not change
-            hot = hot.detach()
         chosen = hot.detach().argmax(dim=1)
         counts: tuple[int, ...] = tuple(torch.bincount(chosen, minlength=self.num_experts).tolist())
         if max(counts) == len(x):

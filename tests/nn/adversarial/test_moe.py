@@ -212,10 +212,12 @@ def test_router_gets_its_whole_gradient_from_mask_and_that_of_the_chosen_from_gr
     torch.testing.assert_close(found["group"], each * torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]))
 
 
+@pytest.mark.parametrize("dispatch", ["group", "mask"])
 @pytest.mark.parametrize("rows", [slice(None), slice(1, 2)], ids=["both experts", "one expert"])
-def test_gradient_at_the_images_in_eval_mode_is_that_of_finite_differences(rows):
+def test_gradient_at_the_images_in_eval_mode_is_that_of_finite_differences(rows, dispatch):
     """An attack that follows anything else finds less than there is."""
     moe = network().double().eval()
+    moe.dispatch = dispatch
     x = images()[rows].double()
     targets = torch.arange(len(x)) % 10
     direction = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(4))
