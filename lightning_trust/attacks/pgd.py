@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_trust.attacks.attack import Attack, Loss, LossName, Problem
 from lightning_trust.attacks.fgsm import check_steps
+from lightning_trust.attacks.search import Remaining
 from lightning_trust.core.randomness import SampleDraws
 from lightning_trust.core.space import InputSpace
 from lightning_trust.functional.adversarial.projections import (
@@ -96,18 +97,26 @@ class PGD(Attack):
     def _perturb(self, problem: Problem) -> Tensor:
         if self.restarts == 1:
             return self._ascend(problem, self._start(problem))
-        best, held = problem.inputs, torch.full((len(problem),), -torch.inf, device=problem.inputs.device)
+        remaining = Remaining(problem.inputs.clone())
+        held = problem.inputs.new_full((len(problem),), -torch.inf)
+        named = not callable(self.loss) and self.loss != "kl"
         for _ in range(self.restarts):
             found = self._ascend(problem, self._start(problem))
             outputs = problem.outputs(found)
             values = self.values(outputs, problem).detach()
-            if not callable(self.loss) and self.loss != "kl":
-                # a success is never given up, not even for another
-                values = torch.where(problem.fooled(outputs), torch.inf, values)
+            # a success is never given up, not even for another
+            won = problem.fooled(outputs) if named else torch.zeros_like(held, dtype=torch.bool)
+            values = torch.where(won, torch.inf, values)
             better = values > held
-            best = torch.where(per_sample(better, best), found, best)
+            remaining.put(better, found)
             held = torch.where(better, values, held)
-        return best
+            # who has won needs no other start; but statistics of a batch are those of all its samples
+            if self.batch_norm == "eval" and bool(won.any()):
+                stay = remaining.drop(won)
+                if not len(stay):
+                    break
+                problem, held = problem.rows(stay), held[stay]
+        return remaining.found
 
     def _start(self, problem: Problem) -> Tensor:
         x, draws, shape = problem.inputs, problem.draws, problem.inputs.shape[1:]

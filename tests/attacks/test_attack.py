@@ -251,3 +251,33 @@ def test_gradient_that_holds_one_number_for_all_entries(attack):
     found = attack(net, x, y, draws=draws())
     assert torch.isfinite(found).all()
     assert (norm_of(found - x, attack.norm) <= attack.eps + 1e-5).all()
+
+
+@pytest.mark.parametrize("batch_norm", ["eval", "batch"])
+def test_samples_that_are_won_take_no_further_start(batch_norm):
+    net, (x, y) = network(), batch()
+    sizes = []
+    net.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    attack = PGD(eps=0.03, steps=2, restarts=4, batch_norm=batch_norm)
+    found = attack(net, x, y, draws=draws())
+    # two steps and a look a start
+    looks = sizes[2::3]
+    assert sizes[0] == 8
+    if batch_norm == "batch":
+        # whose statistics are those of the whole batch
+        assert sizes == [8] * 12
+        return
+    assert looks == sorted(looks, reverse=True)
+    assert looks[-1] < 8
+    # each start by itself, and of these the first that wins, else the one with the largest loss
+    own = draws()
+    starts = [attack.replaced(restarts=1)(net, x, y, draws=own) for _ in range(4)]
+    expected, largest, won = x.clone(), torch.full((8,), -torch.inf), torch.zeros(8, dtype=torch.bool)
+    for start in starts:
+        outputs = net.eval()(start).detach()
+        values = nn.functional.cross_entropy(outputs, y, reduction="none")
+        fooled = outputs.argmax(dim=1) != y
+        take = ~won & (fooled | (values > largest))
+        expected[take], largest[take] = start[take], values[take]
+        won |= fooled
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-6)
