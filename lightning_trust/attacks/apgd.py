@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_trust.attacks.attack import LossName, Problem
-from lightning_trust.attacks.search import Remaining, SearchAttack, check_open, check_search
+from lightning_trust.attacks.preparation import check_counts, check_shares
+from lightning_trust.attacks.search import Remaining, SearchAttack
 from lightning_trust.core.space import InputSpace
 from lightning_trust.functional.adversarial.projections import (
     Norm,
@@ -108,10 +109,8 @@ class APGD(SearchAttack):
         batch_size: int | None = None,
     ) -> None:
         super().__init__(eps, norm, targeted, loss, "eval", space, batch_size)
-        check_search(steps, restarts)
-        check_open("rho", rho, 0.0, 1.0)
-        if eot_iter < 1:
-            raise ValueError(f"Expected argument `eot_iter` to be at least 1, but got {eot_iter}.")
+        check_counts(steps=steps, restarts=restarts, eot_iter=eot_iter)
+        check_shares(rho=rho)
         if larger_eps and norm != "l1":
             raise ValueError(f"Expected argument `larger_eps` only with norm='l1', but got norm={norm!r}.")
         self.eps: float = eps
@@ -344,7 +343,7 @@ class APGDTargeted(APGD):
         super().__init__(
             eps, norm, loss, steps, restarts, rho, eot_iter, larger_eps, space=space, batch_size=batch_size
         )
-        check_target_classes(n_target_classes)
+        check_counts(n_target_classes=n_target_classes)
         self.n_target_classes = n_target_classes
 
     def search(self, problem: Problem, outputs: Tensor) -> Tensor:
@@ -372,12 +371,6 @@ def ranked_classes(outputs: Tensor, targets: Tensor) -> Tensor:
     # the true class goes to the end, also where another ties with it
     others = outputs.scatter(1, targets[:, None], -torch.inf)
     return others.argsort(dim=1, descending=True)[:, :-1]
-
-
-def check_target_classes(count: int) -> None:
-    """Raise ValueError where so many classes cannot be tried."""
-    if count < 1:
-        raise ValueError(f"Expected argument `n_target_classes` to be at least 1, but got {count}.")
 
 
 def _entries(delta: Tensor) -> Tensor:

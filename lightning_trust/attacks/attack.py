@@ -16,6 +16,7 @@ from torch import Tensor
 # with `as`: also to be had from here
 from lightning_trust.attacks.preparation import Model as Model
 from lightning_trust.attacks.preparation import attack_mode as attack_mode
+from lightning_trust.attacks.preparation import check_counts
 from lightning_trust.attacks.preparation import check_logits as check_logits
 from lightning_trust.attacks.preparation import check_radius as check_radius
 from lightning_trust.attacks.preparation import owner_of as owner_of
@@ -148,8 +149,7 @@ class Attack(ABC):
             )
         if batch_norm not in ("eval", "batch"):
             raise ValueError(f"Expected argument `batch_norm` to be 'eval' or 'batch', but got {batch_norm!r}.")
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"Expected argument `batch_size` to be at least 1, but got {batch_size}.")
+        check_counts(batch_size=batch_size)
         self.eps = eps
         self.norm = norm
         self.targeted = targeted

@@ -16,8 +16,8 @@ from lightning_trust.attacks.apgd import APGD, APGDTargeted
 from lightning_trust.attacks.attack import Attack, Problem
 from lightning_trust.attacks.fab import FAB
 from lightning_trust.attacks.gradient_masking import GradientMaskingWarning, outputs_differ
-from lightning_trust.attacks.preparation import Model, prepared
-from lightning_trust.attacks.search import SearchAttack, check_search
+from lightning_trust.attacks.preparation import Model, check_counts, prepared
+from lightning_trust.attacks.search import SearchAttack
 from lightning_trust.attacks.square import Square
 from lightning_trust.core.randomness import SampleDraws
 from lightning_trust.core.space import InputSpace
@@ -127,12 +127,9 @@ class AutoAttack(Attack):
         batch_size: int | None = None,
     ) -> None:
         super().__init__(eps, norm, False, "ce", "eval", space, batch_size)
-        check_search(steps, 1)
         if version not in _VERSIONS:
             raise ValueError(f"Expected argument `version` to be one of {list(_VERSIONS)}, but got {version!r}.")
-        for name, value in (("n_queries", n_queries), ("eot_iter", eot_iter)):
-            if value < 1:
-                raise ValueError(f"Expected argument `{name}` to be at least 1, but got {value}.")
+        check_counts(steps=steps, n_queries=n_queries, eot_iter=eot_iter)
         if (version == "custom") != bool(attacks):
             raise ValueError(
                 f"Expected argument `attacks` with version='custom', and only then, but got version={version!r} and"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_trust.attacks.attack import Attack, Problem
-from lightning_trust.attacks.fgsm import check_steps
+from lightning_trust.attacks.preparation import check_counts, check_positive
 from lightning_trust.core.space import InputSpace
 from lightning_trust.functional.adversarial.projections import per_sample
 
@@ -64,10 +64,8 @@ class CWL2(Attack):
         batch_size: int | None = None,
     ) -> None:
         super().__init__(None, "l2", targeted, "margin", "eval", space, batch_size)
-        check_steps(steps, None)
-        for name, value, least in (("c", c, 0.0), ("lr", lr, 0.0)):
-            if not value > least:
-                raise ValueError(f"Expected argument `{name}` to be positive, but got {value}.")
+        check_counts(steps=steps)
+        check_positive(c=c, lr=lr)
         if not kappa >= 0.0:
             raise ValueError(f"Expected argument `kappa` to be at least 0, but got {kappa}.")
         if binary_search_steps < 0:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_trust.attacks.attack import Problem
-from lightning_trust.attacks.fgsm import check_steps
+from lightning_trust.attacks.preparation import check_counts
 from lightning_trust.attacks.search import Remaining, SearchAttack
 from lightning_trust.core.space import InputSpace
 from lightning_trust.functional.adversarial.projections import norm_of, per_sample
@@ -54,7 +54,7 @@ class DeepFool(SearchAttack):
         batch_size: int | None = None,
     ) -> None:
         super().__init__(None, "l2", False, "margin", "eval", space, batch_size)
-        check_steps(steps, None)
+        check_counts(steps=steps)
         if not overshoot >= 0.0:
             raise ValueError(f"Expected argument `overshoot` to be at least 0, but got {overshoot}.")
         self.steps = steps

@@ -7,10 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightning_trust.attacks.apgd import check_target_classes, ranked_classes
+from lightning_trust.attacks.apgd import ranked_classes
 from lightning_trust.attacks.attack import Problem
 from lightning_trust.attacks.deepfool import lead_slopes
-from lightning_trust.attacks.search import Remaining, SearchAttack, check_open, check_search
+from lightning_trust.attacks.preparation import check_counts, check_shares
+from lightning_trust.attacks.search import Remaining, SearchAttack
 from lightning_trust.core.space import InputSpace
 from lightning_trust.functional.adversarial.projections import (
     Norm,
@@ -79,13 +80,12 @@ class FAB(SearchAttack):
         batch_size: int | None = None,
     ) -> None:
         super().__init__(eps, norm, False, "margin", "eval", space, batch_size)
-        check_search(steps, restarts)
-        check_open("alpha_max", alpha_max, 0.0, 1.0)
-        check_open("beta", beta, 0.0, 1.0)
+        check_counts(steps=steps, restarts=restarts)
+        check_shares(alpha_max=alpha_max, beta=beta)
         if not eta >= 1.0:
             raise ValueError(f"Expected argument `eta` to be at least 1, but got {eta}.")
         if n_target_classes is not None:
-            check_target_classes(n_target_classes)
+            check_counts(n_target_classes=n_target_classes)
         self.steps = steps
         self.restarts = restarts
         self.alpha_max = alpha_max

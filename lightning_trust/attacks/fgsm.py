@@ -7,6 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from lightning_trust.attacks.attack import Attack, Loss, LossName, Problem
+from lightning_trust.attacks.preparation import check_counts, check_positive
 from lightning_trust.core.space import InputSpace
 from lightning_trust.functional.adversarial.projections import Norm, linear_minimiser, project_linf
 
@@ -97,7 +98,8 @@ class RFGSM(Attack):
         batch_size: int | None = None,
     ) -> None:
         super().__init__(eps, "linf", targeted, loss, batch_norm, space, batch_size)
-        check_steps(steps, step_size)
+        check_counts(steps=steps)
+        check_positive(step_size=step_size)
         self.eps: float = eps
         self.step_size = eps / 2 if step_size is None else step_size
         self.steps = steps
@@ -151,7 +153,7 @@ class FastFGSM(Attack):
         batch_size: int | None = None,
     ) -> None:
         super().__init__(eps, "linf", targeted, loss, batch_norm, space, batch_size)
-        check_steps(1, step_size)
+        check_positive(step_size=step_size)
         self.eps: float = eps
         self.step_size = 1.25 * eps if step_size is None else step_size
         self.random_start = random_start
@@ -163,11 +165,3 @@ class FastFGSM(Attack):
             start = problem.clip(x + (2.0 * problem.draws.uniform(*x.shape[1:]) - 1.0) * self.eps)
         gradient, _, _ = self.gradient(problem, start)
         return problem.clip(x + project_linf(start + self.step_size * gradient.sign() - x, self.eps))
-
-
-def check_steps(steps: int, step_size: float | None) -> None:
-    """Raise ValueError where an attack cannot take such steps."""
-    if steps < 1:
-        raise ValueError(f"Expected argument `steps` to be at least 1, but got {steps}.")
-    if step_size is not None and not step_size > 0.0:
-        raise ValueError(f"Expected argument `step_size` to be positive, but got {step_size}.")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_trust.attacks.apgd import APGD
 from lightning_trust.attacks.attack import Attack, Model, Problem
+from lightning_trust.attacks.preparation import check_positive
 from lightning_trust.attacks.square import Square
 from lightning_trust.core.randomness import SampleDraws
 from lightning_trust.core.space import InputSpace
@@ -73,8 +74,7 @@ def check_gradient_masking(
         'The outputs look like probabilities. Attacks need logits: leave the softmax out.'
 
     """
-    if not eps > 0.0:
-        raise ValueError(f"Expected argument `eps` to be positive, but got {eps}.")
+    check_positive(eps=eps)
     probe = _Probe(eps, norm, steps, n_queries, space)
     probe(model, inputs, targets, space=space, draws=draws)
     for sentence in probe.found:

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_trust.attacks.attack import Attack, Loss, LossName, Problem
-from lightning_trust.attacks.fgsm import check_steps
 from lightning_trust.attacks.pgd import ball_step
-from lightning_trust.attacks.preparation import check_radius
+from lightning_trust.attacks.preparation import check_counts, check_positive, check_radius
 from lightning_trust.core.space import InputSpace
 from lightning_trust.functional.adversarial.projections import Norm, per_sample
 
@@ -72,10 +71,8 @@ class MSD(Attack):
         for name, eps in (("eps_linf", eps_linf), ("eps_l2", eps_l2), ("eps_l1", eps_l1)):
             if not 0.0 < eps < float("inf"):
                 raise ValueError(f"Expected argument `{name}` to be positive and finite, but got {eps}.")
-        for name, size in (("step_linf", step_linf), ("step_l2", step_l2), ("step_l1", step_l1)):
-            if not size > 0.0:
-                raise ValueError(f"Expected argument `{name}` to be positive, but got {size}.")
-        check_steps(steps, None)
+        check_positive(step_linf=step_linf, step_l2=step_l2, step_l1=step_l1)
+        check_counts(steps=steps)
         super().__init__(None, "linf", targeted, loss, batch_norm, space, batch_size)
         self.step_linf, self.step_l2, self.step_l1 = step_linf, step_l2, step_l1
         self.steps = steps

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_trust.attacks.attack import Attack, Loss, LossName, Problem
-from lightning_trust.attacks.fgsm import check_steps
+from lightning_trust.attacks.preparation import check_counts, check_positive
 from lightning_trust.attacks.search import Remaining
 from lightning_trust.core.randomness import SampleDraws
 from lightning_trust.core.space import InputSpace
@@ -80,9 +80,8 @@ class PGD(Attack):
         batch_size: int | None = None,
     ) -> None:
         super().__init__(eps, norm, targeted, loss, batch_norm, space, batch_size)
-        check_steps(steps, step_size)
-        if restarts < 1:
-            raise ValueError(f"Expected argument `restarts` to be at least 1, but got {restarts}.")
+        check_counts(steps=steps, restarts=restarts)
+        check_positive(step_size=step_size)
         if random_start not in (True, False, "gaussian"):
             raise ValueError(f"Expected argument `random_start` to be a bool or 'gaussian', but got {random_start!r}.")
         if l1_step not in ("topk", "apgd"):
@@ -183,7 +182,8 @@ class MIFGSM(Attack):
         batch_size: int | None = None,
     ) -> None:
         super().__init__(eps, "linf", targeted, loss, batch_norm, space, batch_size)
-        check_steps(steps, step_size)
+        check_counts(steps=steps)
+        check_positive(step_size=step_size)
         if not decay >= 0.0:
             raise ValueError(f"Expected argument `decay` to be at least 0, but got {decay}.")
         self.eps: float = eps

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_trust.attacks.attack import Attack
 from lightning_trust.attacks.pgd import random_in_ball
+from lightning_trust.attacks.preparation import check_counts
 from lightning_trust.core.randomness import SampleDraws
 from lightning_trust.core.space import InputSpace
 from lightning_trust.functional.adversarial.projections import Norm, norm_of, per_sample
@@ -75,8 +76,7 @@ class PlantedWeakness(nn.Module):
         inner: int = 64,
     ) -> None:
         super().__init__()
-        if inner < 1:
-            raise ValueError(f"Expected argument `inner` to be at least 1, but got {inner}.")
+        check_counts(inner=inner)
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
         shape, count = sample.shape[1:], inner + _OUTER
         points = SampleDraws(torch.arange(count, device=sample.device), draws.seed)

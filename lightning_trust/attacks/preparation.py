@@ -87,3 +87,24 @@ def check_logits(outputs: Any, targets: Tensor, owner: str, name: str = "targets
             f"Expected argument `{name}` of {owner} to hold classes in [0, {outputs.shape[1]}), the number of logits,"
             f" but got classes from {int(targets.min())} to {int(targets.max())}."
         )
+
+
+def check_counts(**counts: int | None) -> None:
+    """Raise ValueError where a number of steps, restarts or the like, given by its name, is below 1; None is none."""
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ValueError(f"Expected argument `{name}` to be at least 1, but got {count}.")
+
+
+def check_positive(**values: float | None) -> None:
+    """Raise ValueError where a number, given by its name, is not above 0; None is none."""
+    for name, value in values.items():
+        if value is not None and not value > 0.0:
+            raise ValueError(f"Expected argument `{name}` to be positive, but got {value}.")
+
+
+def check_shares(**shares: float) -> None:
+    """Raise ValueError where a number, given by its name, is not in ``(0, 1]``."""
+    for name, share in shares.items():
+        if not 0.0 < share <= 1.0:
+            raise ValueError(f"Expected argument `{name}` to be in (0, 1], but got {share}.")

@@ -65,16 +65,3 @@ class Remaining:
         stay = (~done).nonzero().squeeze(1)
         self.rows = self.rows[stay]
         return stay
-
-
-def check_search(steps: int, restarts: int) -> None:
-    """Raise ValueError where a search cannot run so often."""
-    for name, value in (("steps", steps), ("restarts", restarts)):
-        if value < 1:
-            raise ValueError(f"Expected argument `{name}` to be at least 1, but got {value}.")
-
-
-def check_open(name: str, value: float, low: float, high: float) -> None:
-    """Raise ValueError where a number is not in ``(low, high]``."""
-    if not low < value <= high:
-        raise ValueError(f"Expected argument `{name}` to be in ({low:g}, {high:g}], but got {value}.")

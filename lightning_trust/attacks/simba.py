@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_trust.attacks.attack import Problem
-from lightning_trust.attacks.search import Remaining, SearchAttack, check_open
+from lightning_trust.attacks.preparation import check_counts, check_positive, check_shares
+from lightning_trust.attacks.search import Remaining, SearchAttack
 from lightning_trust.core.space import InputSpace
 from lightning_trust.functional.adversarial.black_box import dct_matrix
 from lightning_trust.functional.adversarial.losses import check_classes
@@ -60,13 +61,11 @@ class SimBA(SearchAttack):
         batch_size: int | None = None,
     ) -> None:
         super().__init__(None, "l2", targeted, "ce", "eval", space, batch_size)
-        if not step > 0.0:
-            raise ValueError(f"Expected argument `step` to be positive, but got {step}.")
-        if max_queries < 1:
-            raise ValueError(f"Expected argument `max_queries` to be at least 1, but got {max_queries}.")
+        check_positive(step=step)
+        check_counts(max_queries=max_queries)
         if basis not in ("pixel", "dct"):
             raise ValueError(f"Expected argument `basis` to be 'pixel' or 'dct', but got {basis!r}.")
-        check_open("frequency_share", frequency_share, 0.0, 1.0)
+        check_shares(frequency_share=frequency_share)
         self.step = step
         self.max_queries = max_queries
         self.basis = basis

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_trust.attacks.attack import Problem
-from lightning_trust.attacks.search import Remaining, SearchAttack, check_open, check_search
+from lightning_trust.attacks.preparation import check_counts, check_shares
+from lightning_trust.attacks.search import Remaining, SearchAttack
 from lightning_trust.core.space import InputSpace
 from lightning_trust.functional.adversarial.projections import Norm, norm_of, per_sample, project_l1_box
 
@@ -76,10 +77,8 @@ class Square(SearchAttack):
         if loss not in ("margin", "ce"):
             raise ValueError(f"Expected argument `loss` to be 'margin' or 'ce', but got {loss!r}.")
         super().__init__(eps, norm, targeted, loss, "eval", space, batch_size)
-        check_search(1, restarts)
-        check_open("p_init", p_init, 0.0, 1.0)
-        if n_queries < 1:
-            raise ValueError(f"Expected argument `n_queries` to be at least 1, but got {n_queries}.")
+        check_counts(n_queries=n_queries, restarts=restarts)
+        check_shares(p_init=p_init)
         self.eps: float = eps
         self.n_queries = n_queries
         self.p_init = p_init

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_trust.attacks.attack import LossName, Problem
-from lightning_trust.attacks.search import Remaining, SearchAttack, check_search
+from lightning_trust.attacks.preparation import check_counts, check_positive
+from lightning_trust.attacks.search import Remaining, SearchAttack
 from lightning_trust.core.space import InputSpace
 from lightning_trust.functional.adversarial.black_box import antithetic_gradient, forward_difference_gradient
 from lightning_trust.functional.adversarial.projections import (
@@ -25,29 +26,31 @@ class _ZerothOrderAttack(SearchAttack):
     """What both share: ascent along an estimate, in a ball and the box, until misclassified."""
 
     black_box = True
+    #: whether points come in pairs, so that their number is even
+    _pairs = False
 
     def __init__(
         self,
-        eps: float,
-        norm: Norm,
-        steps: int,
-        lr: float,
-        mu: float,
-        q: int,
-        loss: LossName,
-        targeted: bool,
-        space: InputSpace | None,
-        batch_size: int | None,
+        eps: float = 8 / 255,
+        norm: Norm = "linf",
+        steps: int = 500,
+        lr: float = 5e-4,
+        mu: float = 0.01,
+        q: int = 10,
+        loss: LossName = "ce",
+        targeted: bool = False,
+        space: InputSpace | None = None,
+        batch_size: int | None = None,
     ) -> None:
         if loss == "kl" or callable(loss):
             raise ValueError(f"Expected argument `loss` to be 'ce', 'dlr' or 'margin', but got {loss!r}.")
         super().__init__(eps, norm, targeted, loss, "eval", space, batch_size)
-        check_search(steps, 1)
-        for name, value in (("lr", lr), ("mu", mu)):
-            if not value > 0.0:
-                raise ValueError(f"Expected argument `{name}` to be positive, but got {value}.")
-        if q < 1:
-            raise ValueError(f"Expected argument `q` to be at least 1, but got {q}.")
+        check_counts(steps=steps, q=q)
+        check_positive(lr=lr, mu=mu)
+        if self._pairs and q % 2:
+            raise ValueError(
+                f"Expected argument `q` to be even for {type(self).__name__}, whose points come in pairs, but got {q}."
+            )
         self.eps: float = eps
         self.steps = steps
         self.lr = lr
@@ -129,21 +132,6 @@ class ZOSignSGD(_ZerothOrderAttack):
 
     """
 
-    def __init__(
-        self,
-        eps: float = 8 / 255,
-        norm: Norm = "linf",
-        steps: int = 500,
-        lr: float = 5e-4,
-        mu: float = 0.01,
-        q: int = 10,
-        loss: LossName = "ce",
-        targeted: bool = False,
-        space: InputSpace | None = None,
-        batch_size: int | None = None,
-    ) -> None:
-        super().__init__(eps, norm, steps, lr, mu, q, loss, targeted, space, batch_size)
-
     def _direction(self, problem: Problem, moved: Tensor, value: Callable[[Tensor], Tensor], base: Tensor) -> Tensor:
         directions = (self._sphere(problem) for _ in range(self.q))
         return forward_difference_gradient(value, moved, directions, self.mu, base).sign()
@@ -187,22 +175,7 @@ class NES(_ZerothOrderAttack):
 
     """
 
-    def __init__(
-        self,
-        eps: float = 8 / 255,
-        norm: Norm = "linf",
-        steps: int = 500,
-        lr: float = 5e-4,
-        mu: float = 0.01,
-        q: int = 10,
-        loss: LossName = "ce",
-        targeted: bool = False,
-        space: InputSpace | None = None,
-        batch_size: int | None = None,
-    ) -> None:
-        super().__init__(eps, norm, steps, lr, mu, q, loss, targeted, space, batch_size)
-        if q % 2:
-            raise ValueError(f"Expected argument `q` to be even for NES, whose points come in pairs, but got {q}.")
+    _pairs = True
 
     def _direction(self, problem: Problem, moved: Tensor, value: Callable[[Tensor], Tensor], base: Tensor) -> Tensor:
         directions = (self._sphere(problem) for _ in range(self.q // 2))
