@@ -10,6 +10,7 @@ A generated part stands between ``<!-- generated: WHAT -->`` and ``<!-- end -->`
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
 from collections.abc import Callable
@@ -22,6 +23,8 @@ import lightning_trust.nn
 import lightning_trust.optim
 from benchmarks.results import Result
 from benchmarks.robustness_results import RobustnessResult, RobustnessRow
+from benchmarks.table_results import KIND as TABLE_KIND
+from benchmarks.table_results import Column, TableResult
 from lightning_trust.catalog import METHODS, MethodEntry, method
 from lightning_trust.core.files import read_json
 from lightning_trust.core.records import METRICS, metrics_gap
@@ -113,7 +116,12 @@ def _forgets(entry: MethodEntry) -> bool:
 
 
 def _result_of(entry: MethodEntry) -> str:
-    return (_result if _forgets(entry) else _robustness)(ROOT / entry.results)
+    path = ROOT / entry.results
+    if _forgets(entry):
+        return _result(path)
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["kind"] == TABLE_KIND:
+        return _figures(path)
+    return _robustness(path)
 
 
 # -- what was measured -------------------------------------------------------------------------------------------------
@@ -207,6 +215,39 @@ def _robustness(path: Path) -> str:
     return f"{_table(head, rows, len(head) - 1)}\n\n{_where(result)} {words} (n = {counts})."
 
 
+def _figures(path: Path) -> str:
+    result = TableResult.read(path)
+    text = []
+    scenarios = list(dict.fromkeys(row.scenario for row in result.rows))
+    for scenario in scenarios:
+        head = ["Run", *(column.head for column in result.columns.values())]
+        rows = []
+        for run in dict.fromkeys(row.run for row in result.rows if row.scenario == scenario):
+            own = [row for row in result.rows if (row.scenario, row.run) == (scenario, run)]
+            cells = [
+                _figure([row.values[name] for row in own], column, place == 0)
+                for place, (name, column) in enumerate(result.columns.items())
+            ]
+            rows.append([run, *cells])
+        title = [f"**{scenario[:1].upper()}{scenario[1:]}**", ""] if len(scenarios) > 1 else []
+        text += [*title, _table(head, rows, len(head) - 1), ""]
+    return "\n".join([*text, _where(result)])
+
+
+def _figure(values: list[float | None], column: Column, each: bool) -> str:
+    """Mean over the seeds, and those of the first column one by one."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return "not measured"
+    mean = sum(known) / len(known)
+    if column.unit == "seconds":
+        return seconds(mean)
+    scale = 100 if column.unit in ("percent", "points") else 1
+    places = 1 if scale == 100 else 2
+    text = _number(scale * mean, places)
+    return f"{text} ({', '.join(_number(scale * one, places) for one in known)})" if each and len(known) > 1 else text
+
+
 def _share(rows: list[RobustnessRow], name: str) -> str:
     return f"{100 * sum(row.accuracy[name] for row in rows) / len(rows):.1f}"
 
@@ -271,7 +312,7 @@ def _number(value: float | None, places: int) -> str:
     return "" if value is None else f"{value:.{places}f}"
 
 
-def _where(result: Result | RobustnessResult) -> str:
+def _where(result: Result | RobustnessResult | TableResult) -> str:
     seeds = "seed" if len(result.seeds) == 1 else "means over seeds"
     device = result.hardware.get("accelerator") or f"{result.hardware['cpu']}, {result.hardware['cores']} cores"
     versions = ", ".join(

@@ -55,7 +55,7 @@ class SaliencyGuided(Objective):
         kl_on: Literal["adv", "clean"] = "adv",
         adv_kl_weight: float = 0.0,
         clean_weight: float = 0.0,
-        saliency: Saliency = "grad",
+        saliency: Saliency | Literal["random"] = "grad",
         multi_label: bool = False,
         feature_dims: int | None = None,
     ) -> None:
@@ -64,7 +64,7 @@ class SaliencyGuided(Objective):
         for name, value, words in (
             ("fill", fill, ("random", "mean", "zero")),
             ("kl_on", kl_on, ("adv", "clean")),
-            ("saliency", saliency, ("grad", "abs_grad", "integrated")),
+            ("saliency", saliency, ("grad", "abs_grad", "integrated", "random")),
         ):
             if value not in words:
                 raise ValueError(f"Expected argument `{name}` to be one of {list(words)}, but got {value!r}.")
@@ -106,8 +106,12 @@ class SaliencyGuided(Objective):
 
     def _masked(self, step: AdversarialStep) -> Tensor:
         inputs = step.adversarial if self.kl_on == "adv" else step.clean
-        with prepared(step.network, step.attack.batch_norm):
-            saliency = saliency_map(step.network, inputs, step.targets, self.saliency, self.feature_dims)
+        if self.saliency == "random":
+            shape = inputs.shape[inputs.ndim - feature_dimensions(inputs, self.feature_dims) :]
+            saliency = step.draws.stream("ranks").uniform(*shape)
+        else:
+            with prepared(step.network, step.attack.batch_norm):
+                saliency = saliency_map(step.network, inputs, step.targets, self.saliency, self.feature_dims)
         noise = step.draws.stream("fill").uniform(*inputs.shape[1:]) if self.fill == "random" else None
         return masked_inputs(inputs, saliency, self.mask_fraction, self.fill, noise)[0]
 
@@ -139,7 +143,7 @@ class SaliencyGuidedAdversarialTraining(AdversarialTraining):
         kl_on: Whether adversarial (``"adv"``) or clean inputs are masked.
         adv_kl_weight: Weight :math:`\lambda_a`.
         clean_weight: Weight :math:`\lambda_c`.
-        saliency: ``"grad"``, ``"abs_grad"`` or ``"integrated"``.
+        saliency: ``"grad"``, ``"abs_grad"`` or ``"integrated"``; ``"random"`` ranks at random: the baseline.
         loss: ``"ce"`` for classes, ``"bce"`` for multi-hot targets: what the attack maximises, and the kind of
             divergence.
         start_epoch: First epoch of all this; before it training is as it was.
@@ -176,7 +180,7 @@ class SaliencyGuidedAdversarialTraining(AdversarialTraining):
         kl_on: Literal["adv", "clean"] = "adv",
         adv_kl_weight: float = 0.0,
         clean_weight: float = 0.0,
-        saliency: Saliency = "grad",
+        saliency: Saliency | Literal["random"] = "grad",
         loss: Literal["ce", "bce"] = "ce",
         start_epoch: int = 0,
         bn_update: Literal["both", "adv", "clean"] = "both",

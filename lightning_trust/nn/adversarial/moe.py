@@ -314,8 +314,8 @@ class MoENetwork(nn.Module):
 
     def _through(self, x: Tensor, hot: Tensor) -> Tensor:
         if not self.training:
-            # the pseudo-gradient of the decision would lead attacks astray: a constant decision leaves the gradient of the
-            # pathway, which is the true one wherever the decision does not change
+            # the pseudo-gradient of the decision would lead attacks astray: a constant decision leaves the gradient of
+            # the pathway, which is the true one wherever the decision does not change
             hot = hot.detach()
         if self.dispatch == "mask":
             with self.context.routed(Routing(hot, None)):

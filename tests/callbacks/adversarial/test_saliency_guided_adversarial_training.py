@@ -171,6 +171,21 @@ def test_masked_inputs_need_not_move_batchnorm(which, moves):
     assert host.net[1].num_batches_tracked == 3 * moves
 
 
+def test_random_ranks_are_a_baseline_of_the_same_share():
+    seen = []
+
+    class Watches(Images):
+        def __init__(self):
+            super().__init__()
+            self.net.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].detach().clone()))
+
+    fit(Watches(), [SGA(saliency="random", fill="zero")], batches=1)
+    plain, masked = seen[-2:]
+    changed = (plain != masked).flatten(1).float().mean(dim=1)
+    assert changed.tolist() == pytest.approx([0.5] * 8, abs=0.02)
+    assert not torch.equal(masked[0] == 0, masked[1] == 0)
+
+
 def test_several_labels():
     class Findings(Images):
         def training_step(self, batch, batch_idx):
