@@ -46,6 +46,16 @@ TINY = {
     "trainer.enable_progress_bar": False,
 }
 FLAGS = [f"--{key}={value}" for key, value in TINY.items()]
+#: what the runs of adversarial robustness have of their own, which the plain run has otherwise
+OWN = {
+    # large batches are the point of it
+    "dat": ("data.batch_size", "model.optimizer", "model.schedule"),
+    "advmoe": ("model.network", "model.network_args"),
+    "robust_mode_connectivity": ("model.network", "model.network_args", "model.optimizer", "model.schedule"),
+    "saliency_guided_adversarial_training": ("data",),
+}
+#: what the network of a user's own run has to be, where an overlay cannot make it so
+MADE = {"advmoe": "moe", "robust_mode_connectivity": "curve"}
 SECTIONS = ["seed_everything", "model", "data", "data_wrapper", "trainer", "optimizer", "lr_scheduler"]
 ROOMS = (
     lightning_trust.attacks,
@@ -64,6 +74,11 @@ def name_of(path):
 def robust(path):
     """Whether a configuration is one of adversarial robustness; the others prune or forget."""
     return "adversarial" in path.parts
+
+
+def method_of(path):
+    """Name of the method in files."""
+    return path.name.partition(".")[0]
 
 
 def read(path):
@@ -150,18 +165,20 @@ def test_small_runs_differ_from_the_existing_one_in_what_they_say(path):
 @pytest.mark.parametrize("path", [path for path in SMALL if robust(path)], ids=name_of)
 def test_robust_runs_are_the_existing_one_made_robust(path):
     base, content = read(BASE), read(path)
-    large = "dat" in path.name
     for each in (base, content):
-        if large:
-            # large batches are the point of it
-            each["data"]["init_args"].pop("batch_size")
-            each["model"]["init_args"].pop("optimizer"), each["model"]["init_args"].pop("schedule")
+        for key in OWN.get(method_of(path), ()):
+            section, _, argument = key.partition(".")
+            each[section]["init_args"].pop(argument) if argument else each.pop(section)
     assert content["model"] == base["model"]
-    assert content["data"] == base["data"]
-    (evaluation,) = [node for node in classes(content) if node["class_path"] == "RobustEvaluation"]
-    assert list(evaluation["init_args"]["attacks"]) == ["pgd50", "autoattack"]
-    assert {attack["init_args"]["eps"] for attack in evaluation["init_args"]["attacks"].values()} == {0.1}
-    assert evaluation["init_args"]["max_samples"] == 500
+    assert content.get("data") == base.get("data")
+    evaluations = [node for node in classes(content) if node["class_path"] == "RobustEvaluation"]
+    assert evaluations
+    for evaluation in evaluations:
+        attacks = evaluation["init_args"]["attacks"]
+        norms = MADE.get(method_of(path)) == "curve"
+        assert list(attacks) == (["linf", "l2", "l1"] if norms else ["pgd50", "autoattack"])
+        assert next(iter(attacks.values()))["init_args"]["eps"] == 0.1
+        assert evaluation["init_args"]["max_samples"] == 500
 
 
 def test_robust_run_is_tested_as_its_header_says(place, capsys):
@@ -200,9 +217,11 @@ def test_every_argument_is_stated_in_its_order(path):
     for node in classes(content):
         if node["class_path"] == "torch.optim.SGD":
             assert list(node["init_args"]) == ["lr", "momentum", "weight_decay"]
-    if path in SMALL:
-        network = set(inspect.signature(lightning_trust.nn.SmallCNN).parameters) - {"in_channels", "num_classes"}
-        assert content["model"]["init_args"]["network_args"].keys() == network
+    network = content["model"]["init_args"]["network"]
+    if path in SMALL and isinstance(network, str):
+        arguments = inspect.signature(getattr(lightning_trust.nn, network)).parameters
+        stated = set(arguments) - {"in_channels", "num_classes"}
+        assert content["model"]["init_args"]["network_args"].keys() == stated
 
 
 @pytest.mark.parametrize("path", ALL, ids=name_of)
@@ -224,17 +243,20 @@ def test_paper_configuration_is_parsed_and_built(path, tmp_path, monkeypatch):
         run=False,
         args=[f"--config={path}", "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto"],
     )
+    assert not list(tmp_path.iterdir())
+    if "data" in OWN.get(method_of(path), ()):
+        return
     data = getattr(cli.datamodule, "datamodule", cli.datamodule)
     rows = 49000 if robust(path) else 45000
     batch = 128 if robust(path) and "dat" not in path.name else 256
     assert (type(data).__name__, data.batch_size, data.train_rows) == ("CIFAR10", batch, rows)
-    assert sum(parameter.numel() for parameter in cli.model.parameters()) == 11_173_962
+    if "model.network" not in OWN.get(method_of(path), ()):
+        assert sum(parameter.numel() for parameter in cli.model.parameters()) == 11_173_962
     if isinstance(cli.datamodule, ForgetSplit):
         # training rows are augmented, measured rows are not
         assert data.augment
         row = torch.rand(3, 32, 32)
         assert cli.datamodule.eval_transform(row) is row
-    assert not list(tmp_path.iterdir())
 
 
 def test_every_method_has_all_three():
@@ -258,15 +280,32 @@ class Theirs(pl.Callback):
         self.batches += 1
 
 
+def made(kind, network):
+    from lightning_trust.nn import CurveNetwork, convert_to_moe
+
+    if kind == "moe":
+        return convert_to_moe(network, skip=())
+    if kind == "curve":
+        curve = CurveNetwork(network)
+        curve.load_endpoint({name: value + 0.1 for name, value in network.state_dict().items()}, "end")
+        curve.init_linear()
+        return curve
+    return network
+
+
 class Model(pl.LightningModule):
-    def __init__(self, width: int = 4, rate: float = 0.5):
+    def __init__(self, width: int = 4, rate: float = 0.5, kind: str = "plain"):
         super().__init__()
         self.save_hyperparameters()
-        self.encoder = torch.nn.Sequential(torch.nn.Conv2d(1, width, 3), torch.nn.ReLU(), torch.nn.Flatten())
-        self.head = torch.nn.Linear(width * 36, 3)
+        encoder = torch.nn.Sequential(torch.nn.Conv2d(1, width, 3), torch.nn.ReLU(), torch.nn.Flatten())
+        head = torch.nn.Linear(width * 36, 3)
+        if kind == "plain":
+            self.encoder, self.head = encoder, head
+        else:
+            self.net = made(kind, torch.nn.Sequential(encoder, head))
 
     def forward(self, x):
-        return self.head(self.encoder(x))
+        return self.net(x) if hasattr(self, "net") else self.head(self.encoder(x))
 
     def training_step(self, batch, batch_idx):
         inputs, targets = batch
@@ -296,7 +335,7 @@ class Data(pl.LightningDataModule):
 """
 USER = {
     "seed_everything": 11,
-    "model": {"class_path": "foreign_run.Model", "init_args": {"width": 5, "rate": 0.03}},
+    "model": {"class_path": "foreign_run.Model", "init_args": {"width": 6, "rate": 0.03}},
     "data": {"class_path": "foreign_run.Data", "init_args": {"rows": 40, "batch": 9}},
     "trainer": {
         "accelerator": "cpu",
@@ -325,7 +364,7 @@ def user(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "foreign_run", raising=False)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(5)
-    state = importlib.import_module("foreign_run").Model(width=5).state_dict()
+    state = importlib.import_module("foreign_run").Model(width=6).state_dict()
     (tmp_path / "runs" / "trained").mkdir(parents=True)
     torch.save({"state_dict": state}, tmp_path / "runs" / "trained" / "last.ckpt")
     yield state
@@ -334,8 +373,9 @@ def user(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("path", OVERLAYS, ids=name_of)
 def test_overlay_keeps_all_of_a_users_own(path, user, capsys):
-    alone = main(["fit", "--config=user.yaml"])
-    cli = main(["fit", "--config=user.yaml", f"--config={path}"])
+    kind = f"--model.kind={MADE.get(method_of(path), 'plain')}"
+    alone = main(["fit", "--config=user.yaml", kind])
+    cli = main(["fit", "--config=user.yaml", f"--config={path}", kind])
 
     # every value of theirs, whether they wrote it or it is a default, is what it was
     before, after = (each.config.fit.as_dict() for each in (alone, cli))
