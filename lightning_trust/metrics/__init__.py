@@ -3,5 +3,14 @@
 from lightning_trust.metrics.expert_routing import ExpertUtilisation, RouterRobustness
 from lightning_trust.metrics.membership_inference import MembershipInference
 from lightning_trust.metrics.robust_accuracy import RobustAccuracy
+from lightning_trust.metrics.saliency_fidelity import SaliencyFidelity
+from lightning_trust.metrics.shortcut_reliance import ShortcutReliance
 
-__all__ = ["ExpertUtilisation", "MembershipInference", "RobustAccuracy", "RouterRobustness"]
+__all__ = [
+    "ExpertUtilisation",
+    "MembershipInference",
+    "RobustAccuracy",
+    "RouterRobustness",
+    "SaliencyFidelity",
+    "ShortcutReliance",
+]

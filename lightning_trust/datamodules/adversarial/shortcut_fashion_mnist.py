@@ -41,6 +41,10 @@ class ShortcutFashionMNIST(FashionMNIST):
         shifted: Whether test rows are those of the new site.
         noise: Largest uniform noise on background pixels (those of value 0), in [0, 1].
 
+    Attributes:
+        shown: After ``setup``, the class whose pattern each row of ``"train"``, ``"val"`` and ``"test"`` carries: what
+            :class:`~lightning_trust.metrics.ShortcutReliance` takes.
+
     Raises:
         ValueError: If an argument is out of its range.
 
@@ -91,6 +95,7 @@ class ShortcutFashionMNIST(FashionMNIST):
         self.p_ood = p_ood
         self.shifted = shifted
         self.noise = noise
+        self.shown: dict[str, Tensor] = {}
 
     @property
     def patterns(self) -> Tensor:
@@ -123,6 +128,7 @@ class ShortcutFashionMNIST(FashionMNIST):
         draw = torch.rand(count, generator=generator)
         other = torch.randint(1, self.num_classes, (count,), generator=generator)
         shown = torch.where(draw < aligned, targets, (targets + other) % self.num_classes)
+        self.shown[part] = shown
         images = dataset.images.float() / 255.0
         if self.noise:
             background = self.noise * torch.rand(images.shape, generator=generator)
