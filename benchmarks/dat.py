@@ -1,14 +1,15 @@
 """The small experiment of distributed adversarial training: large batches, few bits, few labels.
 
-    python -m benchmarks.dat [--smoke]
+    python -m benchmarks.dat [--smoke | --tune]
 
-Fashion-MNIST, a small CNN, linf radius 0.1, PGD-10 in training and PGD-20 in the test, two gloo ranks in this machine:
+Fashion-MNIST, a small CNN, linf radius 0.1, PGD-5 in training and PGD-20 in the test, two gloo ranks in this machine:
 
-* ``batch``: batch 1,536 with LAMB, with SGD whose learning rate is scaled to the batch, and SGD at batch 128;
+* ``batch``: batch 1,536 with LAMB, with SGD, and SGD at batch 128;
 * ``bits``: the same LAMB run with gradients exchanged in 8 bits, in 8 bits two-sided, and in 4;
 * ``labels``: 1,000 labels alone, and with 10,000 more rows that a clean-trained teacher labelled.
 
-:func:`rows` gives one dict a run; learning rates stand in :data:`RUNS`.
+:func:`rows` gives one dict a run; learning rates stand in :data:`RUNS`, each the best of :data:`RATES` on validation
+rows, which ``--tune`` prints. Writes benchmarks/results/adversarial/dat.json.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,11 @@ torch.set_num_threads(1)
 
 import lightning.pytorch as pl  # noqa: E402
 
+from benchmarks.robustness_results import now  # noqa: E402
+from benchmarks.table_results import Column, TableResult, TableRow  # noqa: E402
 from lightning_trust.attacks import PGD  # noqa: E402
 from lightning_trust.callbacks import AdversarialTraining, QuantizedAllReduce, RobustEvaluation  # noqa: E402
+from lightning_trust.core.records import hardware, versions  # noqa: E402
 from lightning_trust.core.schedules import LinearWarmup, Product, Schedule, Steps  # noqa: E402
 from lightning_trust.datamodules import FashionMNIST, PseudoLabeledData  # noqa: E402
 from lightning_trust.modules import ImageClassifier  # noqa: E402
@@ -63,11 +67,16 @@ class Run:
     batch: int
     labels: int = 12000
     pseudo: int = 0
-    epochs: int = 15
+    epochs: int = 10
     reduce: dict[str, Any] | None = field(default=None)
 
 
-#: SGD's learning rate is 0.05 a 128 rows; LAMB's is the paper's
+#: learning rates that are tried on validation rows
+RATES: dict[str, tuple[float, ...]] = {
+    "sgd_128": (0.05, 0.1),
+    "sgd_1536": (0.1, 0.3, 0.6),
+    "lamb_1536": (0.01, 0.02, 0.04),
+}
 RUNS: dict[str, Run] = {
     "sgd_128": Run("batch", "sgd", 0.05, 128),
     "sgd_1536": Run("batch", "sgd", 0.6, 1536),
@@ -77,6 +86,23 @@ RUNS: dict[str, Run] = {
     "lamb_1536_4_bits": Run("bits", "lamb", 0.01, 1536, reduce={"bits": 4}),
     "labels": Run("labels", "sgd", 0.05, 128, labels=1000),
     "labels_and_pseudo_labels": Run("labels", "sgd", 0.05, 128, labels=1000, pseudo=10000),
+}
+#: run -> its name in tables
+NAMES = {
+    "sgd_128": "SGD, batch 128",
+    "sgd_1536": "SGD, batch 1,536",
+    "lamb_1536": "LAMB, batch 1,536",
+    "lamb_1536_8_bits": "LAMB, 8 bits",
+    "lamb_1536_8_bits_two_sided": "LAMB, 8 bits, two-sided",
+    "lamb_1536_4_bits": "LAMB, 4 bits",
+    "labels": "1,000 labels",
+    "labels_and_pseudo_labels": "1,000 labels, 10,000 pseudo-labels",
+}
+SCENARIOS = {"batch": "large batches", "bits": "gradients in few bits", "labels": "few labels"}
+COLUMNS = {
+    "robust": Column("Robust (PGD-20)"),
+    "clean": Column("Clean"),
+    "bytes": Column("Bytes sent, of float32's", "ratio"),
 }
 
 
@@ -123,7 +149,9 @@ def _data(run: Run, seed: int, ranks: int, test_rows: int) -> pl.LightningDataMo
     return PseudoLabeledData(labeled, unlabeled, teacher=teacher, unlabeled_fraction=0.5, seed=seed)
 
 
-def measured(run: Run, seed: int, ranks: int = 2, steps: int = 10, test_rows: int = 1000) -> dict[str, Any]:
+def measured(
+    run: Run, seed: int, ranks: int = 2, steps: int = 5, test_rows: int = 1000, on_validation: bool = False
+) -> dict[str, Any]:
     """Train and test one run: accuracies in [0, 1], seconds of the fit, bytes that a rank sent."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -147,7 +175,8 @@ def measured(run: Run, seed: int, ranks: int = 2, steps: int = 10, test_rows: in
         found: dict[str, Any] = {"seconds": time.perf_counter() - start}
         evaluation = RobustEvaluation({"pgd": PGD(eps=EPS, steps=20)}, folder=name)
         tester = pl.Trainer(**QUIET, devices=1, callbacks=[evaluation], default_root_dir=folder)
-        (result,) = tester.test(classifier, datamodule=copy.copy(data), verbose=False)
+        look = tester.validate if on_validation else tester.test
+        (result,) = look(classifier, datamodule=copy.copy(data), verbose=False)
         found["clean_acc"] = result["trust/clean_acc"]
         found["robust_acc"] = result["trust/robust_acc/pgd"]
         if (folder / "bytes.json").is_file():
@@ -164,6 +193,43 @@ def rows(
             yield {"run": name, "seed": seed, "scenario": run.scenario, **measured(run, seed, **settings)}
 
 
+def tune(seed: int = 0, **settings: Any) -> Iterator[dict[str, Any]]:
+    """One dict a learning rate, with accuracies on validation rows; another seed than those of the table."""
+    for name, rates in RATES.items():
+        for lr in rates:
+            found = measured(replace(RUNS[name], lr=lr), seed, on_validation=True, **settings)
+            yield {"run": name, "lr": lr, **found}
+
+
+def write(found: list[dict[str, Any]], path: Path) -> Path:
+    """Write the rows as a result."""
+    result = TableResult(
+        method="dat",
+        experiment="Fashion-MNIST, a small CNN with 33,338 parameters, linf eps 0.1, PGD-5 in training, 10 epochs, two"
+        " ranks; 12,000 rows, but 1,000 with labels in the last table",
+        config="configs/adversarial/dat.yaml",
+        hardware=hardware(),
+        versions=versions(),
+        created=now(),
+        seeds=sorted({row["seed"] for row in found}),
+        columns=COLUMNS,
+        rows=[
+            TableRow(
+                NAMES[row["run"]],
+                row["seed"],
+                SCENARIOS[row["scenario"]],
+                {
+                    "robust": row["robust_acc"],
+                    "clean": row["clean_acc"],
+                    "bytes": row["bytes_sent"] / row["bytes_float32"] if "bytes_sent" in row else 1.0,
+                },
+            )
+            for row in found
+        ],
+    )
+    return result.write(path)
+
+
 def smoke() -> dict[str, Run]:
     """Every run, on few rows and for one epoch."""
     return {
@@ -172,16 +238,30 @@ def smoke() -> dict[str, Run]:
     }
 
 
+def _shown(row: dict[str, Any]) -> str:
+    return json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
+
+
 def main() -> None:
+    """Run and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="few rows, one epoch, one seed: to see that it runs")
+    parser.add_argument("--tune", action="store_true", help="print what learning rates do on validation rows")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--output", default="benchmarks/results/adversarial/dat.json")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    found = rows((1,), smoke(), steps=2, test_rows=20) if arguments.smoke else rows(tuple(arguments.seeds))
-    for row in found:
-        print(json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}))
+    if arguments.tune:
+        for row in tune():
+            print(_shown(row), flush=True)
+        return
+    found = []
+    for row in rows((1,), smoke(), steps=2, test_rows=20) if arguments.smoke else rows(tuple(arguments.seeds)):
+        print(_shown(row), flush=True)
+        found.append(row)
+    if not arguments.smoke:
+        write(found, Path(arguments.output))
 
 
 if __name__ == "__main__":
