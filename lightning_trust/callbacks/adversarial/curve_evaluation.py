@@ -58,7 +58,10 @@ class CurveEvaluation(HostCallback):
             logged again.
         bn_batches: At most so many batches of the training data to re-estimate BatchNorm's statistics; all if None.
         export: File for the weights of the best point of the last validation, a safetensors file with the names that
-            the host has with the plain network: :class:`~lightning_trust.callbacks.LoadWeights` takes it.
+            the host has with the plain network: :class:`~lightning_trust.callbacks.LoadWeights`, the ends of another
+            :class:`~lightning_trust.nn.CurveNetwork` and :class:`~lightning_trust.nn.WeightEnsemble` take it.
+        top_k: How many of the best points are exported: the second beside ``best.safetensors`` as
+            ``best_2.safetensors``, and so on.
         folder: Where the tables are written; the Trainer's ``default_root_dir`` if None.
         batch_spec: Where inputs and targets sit in a batch.
         network: Name of the host's network; found by itself if None.
@@ -88,6 +91,7 @@ class CurveEvaluation(HostCallback):
         every_n_epochs: int = 1,
         bn_batches: int | None = None,
         export: str | None = None,
+        top_k: int = 1,
         folder: str | None = None,
         batch_spec: BatchSpec | None = None,
         network: str | None = None,
@@ -100,9 +104,14 @@ class CurveEvaluation(HostCallback):
             ("num_points", num_points, 2),
             ("every_n_epochs", every_n_epochs, 1),
             ("bn_batches", bn_batches, 1),
+            ("top_k", top_k, 1),
         ):
             if value is not None and value < least:
                 raise ValueError(f"Expected argument `{argument}` to be at least {least}, but got {value}.")
+        if top_k > num_points:
+            raise ValueError(
+                f"Expected argument `top_k` to be at most `num_points`, which is {num_points}, but got {top_k}."
+            )
         if select_by not in ("union", "mean"):
             raise ValueError(f"Expected argument `select_by` to be 'union' or 'mean', but got {select_by!r}.")
         self.attacks = dict(attacks)
@@ -111,6 +120,7 @@ class CurveEvaluation(HostCallback):
         self.every_n_epochs = every_n_epochs
         self.bn_batches = bn_batches
         self.export = export
+        self.top_k = top_k
         self.folder = folder
         self.batch_spec = batch_spec or BatchSpec()
         self.network = network
@@ -186,11 +196,13 @@ class CurveEvaluation(HostCallback):
             return
         points = self._points() if self._due(trainer) else []
         if points:
-            best = best_positions(
+            ranked = best_positions(
                 [point["robust_acc/union"] for point in points],
                 [point["robust_acc/mean"] for point in points],
                 self.select_by,
-            )[0]
+                self.top_k,
+            )
+            best = ranked[0]
             self.best_t = self._positions[best]
             self._last = {
                 **self._figures(points),
@@ -199,9 +211,7 @@ class CurveEvaluation(HostCallback):
             }
             self._write(trainer, "validate", points)
             if self.export is not None and trainer.is_global_zero and not trainer.fast_dev_run:
-                curve = curve_of(pl_module, self.network, type(self).__name__)
-                with _at(curve, self.best_t, self._statistics[best]):
-                    write_tensors(self.export, _WEIGHTS_KIND, 1, _plain_state(pl_module, curve))
+                self._export(pl_module, ranked, Path(self.export))
             self._close()
         pl_module.log_dict(self._last)
 
@@ -217,6 +227,13 @@ class CurveEvaluation(HostCallback):
         pl_module.log_dict(figures)
         self._write(trainer, "test", points)
         self._close()
+
+    def _export(self, host: Any, ranked: list[int], file: Path) -> None:
+        curve = curve_of(host, self.network, type(self).__name__)
+        for place, point in enumerate(ranked, start=1):
+            path = file if place == 1 else file.with_name(f"{file.stem}_{place}{file.suffix}")
+            with _at(curve, self._positions[point], self._statistics[point]):
+                write_tensors(path, _WEIGHTS_KIND, 1, _plain_state(host, curve))
 
     def _due(self, trainer: Any) -> bool:
         if trainer.sanity_checking:

@@ -162,7 +162,7 @@ class CurveNetwork(nn.Module):
             raise ValueError(f"Expected argument `which` to be 'start' or 'end', but got {which!r}.")
         source = weights if isinstance(weights, str) else f"argument `weights` ({which})"
         own = self.network.state_dict()
-        found = _of_network(read_weights(weights) if isinstance(weights, str) else weights, own, source)
+        found = network_state(read_weights(weights) if isinstance(weights, str) else weights, own, source)
         targets: dict[str, Tensor] = dict(self.network.named_buffers())
         # of a tied parameter, which bends hold once, the other names say the same
         targets.update((self.network if which == "start" else self.bends[-1]).named_parameters())
@@ -270,8 +270,13 @@ def read_weights(file: str) -> dict[str, Tensor]:
     return state
 
 
-def _of_network(found: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """The entries for a network's own names, out of the state dict of the network or of a module that holds it."""
+def network_state(found: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """The entries for a network's own names, out of the state dict of the network or of a module that holds it.
+
+    Raises:
+        ValueError: If it is of another architecture; the first differences are listed.
+
+    """
     first = next(iter(own))
     prefixes = [name.removesuffix(first) for name in found if name == first or name.endswith(f".{first}")]
     prefix = next((prefix for prefix in prefixes if all(prefix + name in found for name in own)), "")

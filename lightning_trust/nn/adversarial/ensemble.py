@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from lightning_trust.nn.adversarial.curve import CurveNetwork
+from lightning_trust.nn.adversarial.curve import CurveNetwork, network_state, read_weights
 
 
 class WeightEnsemble(nn.Module):
@@ -25,9 +26,14 @@ class WeightEnsemble(nn.Module):
 
     Args:
         networks: The networks, of the same classes.
+        weights: Files with the weights of each, as :class:`~lightning_trust.callbacks.CurveEvaluation` exports them:
+            Lightning checkpoints, files with a state dict, or safetensors files, of the network or of a module that
+            holds it. A single network is copied for each file. Those that the networks have if None.
 
     Raises:
-        ValueError: If there is no network; in the call, if they differ in the number of classes.
+        FileNotFoundError: If there is no file of that name.
+        ValueError: If there is no network, their number is not that of the files, or a file is of another architecture;
+            in the call, if they differ in the number of classes.
 
     Example:
         >>> one, other = nn.Linear(1, 2), nn.Linear(1, 2)
@@ -38,10 +44,20 @@ class WeightEnsemble(nn.Module):
 
     """
 
-    def __init__(self, networks: Sequence[nn.Module]) -> None:
+    def __init__(self, networks: Sequence[nn.Module], weights: Sequence[str] | None = None) -> None:
         super().__init__()
         if not len(networks):
             raise ValueError("Expected argument `networks` to hold at least one network, but got none.")
+        if weights is not None:
+            if len(networks) == 1:
+                networks = [networks[0], *(copy.deepcopy(networks[0]) for _ in weights[1:])]
+            if len(networks) != len(weights):
+                raise ValueError(
+                    "Expected argument `weights` to name a file for each network, or several for a single one, but got"
+                    f" {len(weights)} for {len(networks)} networks."
+                )
+            for network, file in zip(networks, weights, strict=True):
+                network.load_state_dict(network_state(read_weights(file), network.state_dict(), file))
         self.networks = nn.ModuleList(networks)
 
     @classmethod

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import load_file
 from torch import nn
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, TensorDataset
@@ -260,6 +261,23 @@ def test_export_is_the_plain_network_at_the_best_point(tmp_path, by, compiled):
     assert correct == pytest.approx(found["trust/curve/best/clean_acc"])
 
 
+def test_further_points_are_exported_in_the_order_of_their_scores(tmp_path):
+    host = Curve()
+    callback = CurveEvaluation(ATTACKS, num_points=5, export=str(tmp_path / "best.safetensors"), top_k=3)
+    (found,) = trainer(tmp_path, callback).validate(host, datamodule=Data(), verbose=False)
+    assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == [
+        *("best.safetensors", "best_2.safetensors", "best_3.safetensors")
+    ]
+    points = sorted(
+        (-found[f"trust/curve/{t:.4g}/robust_acc/union"], -found[f"trust/curve/{t:.4g}/robust_acc/mean"], t)
+        for t in callback.positions
+    )
+    for (_, _, t), name in zip(points[:3], ("best", "best_2", "best_3"), strict=True):
+        weights = load_file(tmp_path / f"{name}.safetensors")
+        for parameter, value in host.net.weights_at(t).items():
+            assert torch.equal(weights[f"net.{parameter}"], value)
+
+
 def test_other_epochs_log_the_last_figures_again(tmp_path):
     class Count(CurveEvaluation):
         opened = 0
@@ -318,6 +336,8 @@ def test_bad_input(tmp_path):
         ({"attacks": {}}, "`attacks` to name at least one"),
         ({"attacks": {"mean": FGSM(eps=0.1)}}, "different names"),
         ({"num_points": 1}, "`num_points` to be at least 2, but got 1"),
+        ({"top_k": 0}, "`top_k` to be at least 1, but got 0"),
+        ({"num_points": 2, "top_k": 3}, "`top_k` to be at most `num_points`, which is 2, but got 3"),
         ({"every_n_epochs": 0}, "`every_n_epochs`"),
         ({"bn_batches": 0}, "`bn_batches`"),
         ({"select_by": "max"}, "`select_by` to be 'union' or 'mean', but got 'max'"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from scipy.special import softmax
 from torch import nn
 from torch.optim.swa_utils import update_bn
@@ -28,6 +29,17 @@ def test_copies_of_one_network_are_that_network(copies):
     net = network(1).eval()
     found = WeightEnsemble([net] * copies)(images())
     torch.testing.assert_close(found, net(images()).log_softmax(dim=1))
+
+
+@pytest.mark.parametrize("single", [True, False])
+def test_weights_come_from_files(tmp_path, single):
+    members = [network(seed).eval() for seed in (1, 2)]
+    save_file(members[0].state_dict(), tmp_path / "one.safetensors")
+    # as a host has them
+    torch.save({"state_dict": nn.ModuleDict({"net": members[1]}).state_dict()}, tmp_path / "two.ckpt")
+    files = [str(tmp_path / name) for name in ("one.safetensors", "two.ckpt")]
+    given = [network(3)] if single else [network(3), network(4)]
+    torch.testing.assert_close(WeightEnsemble(given, files).eval()(images()), WeightEnsemble(members)(images()))
 
 
 def test_certain_members_stay_finite():
@@ -70,6 +82,12 @@ def test_attacks_go_through():
 def test_bad_input():
     with pytest.raises(ValueError, match="at least one network"):
         WeightEnsemble([])
+    with pytest.raises(ValueError, match="a file for each network, or several for a single one, but got 1 for 2"):
+        WeightEnsemble([network(1), network(2)], ["one.ckpt"])
+    with pytest.raises(ValueError, match="but got 0 for 1 networks"):
+        WeightEnsemble([network(1)], [])
+    with pytest.raises(FileNotFoundError, match=r"'none\.ckpt' does not exist"):
+        WeightEnsemble([network(1)], ["none.ckpt"])
     curve = curve_between(network(1), network(2))
     with pytest.raises(ValueError, match="`ts` to hold at least one"):
         WeightEnsemble.of_curve(curve, [])
