@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.adversarial_step import memory, training_step
 from benchmarks.timing import medians
 from lightning_trust.attacks import APGD, FGSM, PGD, Attack, AutoAttack, Square, ZOSignSGD
 from lightning_trust.core.files import write_json
@@ -293,8 +294,8 @@ def main() -> None:
     for line in experiment:
         print(f"{line['network']}, {line['attack']}: {line['accuracy']} % ({line['seconds']} s)", flush=True)
     rows = []
-    for found in (pgd(arguments.rounds), auto_attack(made, samples)):
-        for line in found:
+    for measured in (memory, training_step, lambda: pgd(arguments.rounds), lambda: auto_attack(made, samples)):
+        for line in measured():
             rows.append(line)
             print(f"{line['what']}: {line['value']} (bar {line['bar']})", flush=True)
     content = {
