@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from lightning_trust.attacks import Attack
 from lightning_trust.attacks.attack import check_logits
 from lightning_trust.callbacks.adversarial.adversarial_training import input_space
+from lightning_trust.callbacks.adversarial.curve_points import check_statistics, point_of, statistics_of
 from lightning_trust.callbacks.adversarial.robust_mode_connectivity import curve_of
 from lightning_trust.callbacks.adversarial.training_batches import training_batches
 from lightning_trust.core.batch import BatchSpec
@@ -44,7 +44,9 @@ class CurveEvaluation(HostCallback):
     the worst of the inputs), beside how far the losses rise above the worse end, ``trust/curve/barrier`` and
     ``trust/curve/robust_barrier``. Validation also logs ``trust/curve/best_t`` and ``trust/curve/best/...``, which
     ``ModelCheckpoint`` can monitor. The test never chooses: it logs ``trust/curve/selected/...`` for the position that
-    the last validation chose. The curve, its statistics and the random state are what they were afterwards.
+    the last validation chose, at which the curve stands, with its statistics, until the test ends: what else measures
+    the host, such as a :class:`~lightning_trust.callbacks.RobustEvaluation` after it in the list, measures the chosen
+    network. The curve, its statistics and the random state are what they were afterwards.
 
     Each evaluation writes its table to ``curve_validate.json`` or ``curve_test.json``.
 
@@ -128,6 +130,7 @@ class CurveEvaluation(HostCallback):
         self.best_t: float | None = None
         self._last: dict[str, float] = {}
         self._space: dict[str, InputSpace] = {}
+        self._chosen: AbstractContextManager[None] | None = None
         self._close()
 
     def _close(self) -> None:
@@ -137,7 +140,7 @@ class CurveEvaluation(HostCallback):
         self._rows = self._seen = self._samples = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_positions": [], "_statistics": [], "_sums": None}
+        return {**super().__getstate__(), "_positions": [], "_statistics": [], "_sums": None, "_chosen": None}
 
     @property
     def positions(self) -> list[float]:
@@ -176,6 +179,11 @@ class CurveEvaluation(HostCallback):
             self.best_t = self._saved["best_t"]
         chosen = set() if self.best_t is None else {self.best_t}
         self._open(trainer, pl_module, sorted({*self.positions, *chosen}))
+        if self.best_t is not None:
+            curve = curve_of(pl_module, self.network, type(self).__name__)
+            statistics = self._statistics[self._positions.index(self.best_t)]
+            self._chosen = point_of(curve, self.best_t, statistics)
+            self._chosen.__enter__()
 
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -232,8 +240,22 @@ class CurveEvaluation(HostCallback):
         curve = curve_of(host, self.network, type(self).__name__)
         for place, point in enumerate(ranked, start=1):
             path = file if place == 1 else file.with_name(f"{file.stem}_{place}{file.suffix}")
-            with _at(curve, self._positions[point], self._statistics[point]):
+            with point_of(curve, self._positions[point], self._statistics[point]):
                 write_tensors(path, _WEIGHTS_KIND, 1, _plain_state(host, curve))
+
+    def on_test_end(self, trainer: Any, pl_module: Any) -> None:
+        """Move the curve back."""
+        self._move_back()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Move the curve back, and leave the host as it was."""
+        self._move_back()
+        super().on_exception(trainer, pl_module, exception)
+
+    def _move_back(self) -> None:
+        chosen, self._chosen = self._chosen, None
+        if chosen is not None:
+            chosen.__exit__(None, None, None)
 
     def _due(self, trainer: Any) -> bool:
         if trainer.sanity_checking:
@@ -247,14 +269,14 @@ class CurveEvaluation(HostCallback):
         check_statistics(curve)
         self._positions = positions
         self._sums = torch.zeros(len(positions), len(self.attacks) + 4, dtype=torch.float64)
-        if not _statistics_of(curve):
+        if not statistics_of(curve):
             self._statistics = [[] for _ in positions]
             return
         loader = training_batches(trainer, host, type(self).__name__, self.bn_batches)
         for t in positions:
-            with _at(curve, t, _statistics_of(curve)):
+            with point_of(curve, t, statistics_of(curve)):
                 reestimate_batchnorm(trainer, host, curve, loader, self.batch_spec)
-                self._statistics.append([buffer.clone() for buffer in _statistics_of(curve)])
+                self._statistics.append([buffer.clone() for buffer in statistics_of(curve)])
 
     def _evaluate(self, trainer: Any, host: Any, batch: Any, dataloader_idx: int, loaders: Any) -> None:
         if dataloader_idx:
@@ -275,7 +297,7 @@ class CurveEvaluation(HostCallback):
         self._rows += len(inputs)
         curve = curve_of(host, self.network, type(self).__name__)
         for place, (t, statistics) in enumerate(zip(self._positions, self._statistics, strict=True)):
-            with trainer.precision_plugin.forward_context(), _at(curve, t, statistics):
+            with trainer.precision_plugin.forward_context(), point_of(curve, t, statistics):
                 columns = self._columns(curve, inputs, targets, keys.to(inputs.device), first and place == 0)
             if self._sums is not None:
                 self._sums[place] += columns.sum(dim=1).double().cpu()
@@ -342,54 +364,10 @@ class CurveEvaluation(HostCallback):
         write_json(path, _KIND, _VERSION, table)
 
 
-@contextmanager
-def _at(curve: CurveNetwork, t: float, statistics: list[Tensor]) -> Iterator[None]:
-    """Have a curve at a position with BatchNorm statistics of its own, and give back what it had."""
-    position, buffers = float(curve.t), _statistics_of(curve)
-    found = [buffer.clone() for buffer in buffers]
-    try:
-        curve.move_to(t)
-        _copy(buffers, statistics)
-        yield
-    finally:
-        curve.move_to(position)
-        _copy(buffers, found)
-
-
-@torch.no_grad()
-def _copy(buffers: list[Tensor], values: list[Tensor]) -> None:
-    for buffer, value in zip(buffers, values, strict=True):
-        buffer.copy_(value)
-
-
 @torch.no_grad()
 def _outputs(curve: CurveNetwork, x: Tensor) -> Tensor:
     with eval_mode(curve):
         return curve(x).float()
-
-
-def _statistics_of(curve: CurveNetwork) -> list[Tensor]:
-    layers = [layer for layer in curve.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
-    return [buffer for layer in layers for buffer in layer.buffers(recurse=False)]
-
-
-def check_statistics(curve: CurveNetwork) -> None:
-    """Refuse layers whose running statistics nobody re-estimates.
-
-    Raises:
-        ValueError: Naming the layers.
-
-    """
-    stuck = [
-        name
-        for name, layer in curve.named_modules()
-        if isinstance(layer, _NormBase) and layer.track_running_stats and not isinstance(layer, _BatchNorm)
-    ]
-    if stuck:
-        raise ValueError(
-            "Expected running statistics of BatchNorm only, which are re-estimated at each point of the curve, but got"
-            f" {', '.join(stuck[:4])}. Set track_running_stats=False."
-        )
 
 
 def _plain_state(host: Any, curve: CurveNetwork) -> Mapping[str, Tensor]:

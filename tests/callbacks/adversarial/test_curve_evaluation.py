@@ -18,7 +18,7 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_trust.attacks import FGSM, PGD
-from lightning_trust.callbacks import CurveEvaluation, LoadWeights, RobustModeConnectivity
+from lightning_trust.callbacks import CurveEvaluation, LoadWeights, RobustEvaluation, RobustModeConnectivity
 from lightning_trust.nn import CurveNetwork
 from tests.callbacks.adversarial.test_adversarial_training import in_a_box
 from tests.callbacks.adversarial.test_robust_mode_connectivity import CurveHost, assert_curve_clean
@@ -236,6 +236,28 @@ def test_choice_is_made_in_validation_and_only_there(tmp_path):
     # without a validation there is no choice
     (unchosen,) = trainer(tmp_path, CurveEvaluation(ATTACKS, num_points=2)).test(host, datamodule=Data(), verbose=False)
     assert not any("selected" in key for key in unchosen)
+
+
+def test_others_measure_the_chosen_point_in_a_test(tmp_path):
+    attacks = {"pgd": PGD(eps=0.05, steps=3, random_start=False)}
+    host = Curve()
+    callback = CurveEvaluation(attacks, num_points=4)
+    trainer(tmp_path, callback).validate(host, datamodule=Data(), verbose=False)
+    assert callback.best_t not in (None, float(host.net.t))
+    before = {name: value.clone() for name, value in host.state_dict().items()}
+
+    class Stop(pl.Callback):
+        def on_test_batch_end(self, *arguments):
+            raise RuntimeError("stop")
+
+    evaluation = RobustEvaluation(attacks, stage="test", examples=0)
+    (found,) = trainer(tmp_path, callback, evaluation).test(host, datamodule=Data(), verbose=False)
+    for figure in ("clean_acc", "robust_acc/pgd"):
+        assert found[f"trust/{figure}"] == pytest.approx(found[f"trust/curve/selected/{figure}"])
+    with pytest.raises(RuntimeError, match="stop"):
+        trainer(tmp_path, callback, Stop()).test(host, datamodule=Data(), verbose=False)
+    for name, value in before.items():
+        assert torch.equal(host.state_dict()[name], value), name
 
 
 @pytest.mark.parametrize(("by", "compiled"), [("union", False), ("mean", True)])
