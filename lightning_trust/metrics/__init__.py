@@ -1,6 +1,7 @@
 """torchmetrics metrics."""
 
 from lightning_trust.metrics.expert_routing import ExpertUtilisation, RouterRobustness
+from lightning_trust.metrics.macro_auroc import MacroAUROC
 from lightning_trust.metrics.membership_inference import MembershipInference
 from lightning_trust.metrics.robust_accuracy import RobustAccuracy
 from lightning_trust.metrics.saliency_fidelity import SaliencyFidelity
@@ -8,6 +9,7 @@ from lightning_trust.metrics.shortcut_reliance import ShortcutReliance
 
 __all__ = [
     "ExpertUtilisation",
+    "MacroAUROC",
     "MembershipInference",
     "RobustAccuracy",
     "RouterRobustness",

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from lightning_trust.modules.image_classifier import ImageClassifier
+from lightning_trust.modules.multi_label_classifier import MultiLabelClassifier
 
-__all__ = ["ImageClassifier"]
+__all__ = ["ImageClassifier", "MultiLabelClassifier"]

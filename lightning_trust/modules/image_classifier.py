@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_trust.core.schedules import Schedule
@@ -74,6 +75,11 @@ class ImageClassifier(pl.LightningModule):
 
     """
 
+    #: Fewest classes that make a problem.
+    least_classes = 2
+    #: Name of the measure in the logs of validation and test.
+    measure = "acc"
+
     def __init__(
         self,
         network: str | nn.Module = "SmallCNN",
@@ -84,8 +90,11 @@ class ImageClassifier(pl.LightningModule):
         schedule: Schedule | Literal["cosine", "cyclic", "constant"] = "cosine",
     ) -> None:
         super().__init__()
-        if num_classes < 2:
-            raise ValueError(f"Expected argument `num_classes` to be an integer of at least 2, but got {num_classes}.")
+        if num_classes < self.least_classes:
+            raise ValueError(
+                f"Expected argument `num_classes` to be an integer of at least {self.least_classes},"
+                f" but got {num_classes}."
+            )
         if not isinstance(schedule, Schedule) and schedule not in ("cosine", "cyclic", "constant"):
             raise ValueError(
                 "Expected argument `schedule` to be 'cosine', 'cyclic', 'constant' or a Schedule,"
@@ -110,41 +119,53 @@ class ImageClassifier(pl.LightningModule):
         self.num_classes = num_classes
         self.schedule = schedule
         self._make_optimizer = optimizer
-        self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
-        self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.val_measure = self.new_measure()
+        self.test_measure = self.new_measure()
 
     def forward(self, x: Tensor) -> Tensor:
         """Images ``(B, C, H, W)`` -> logits ``(B, K)``."""
         return self.network(x)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of a batch."""
+        return F.cross_entropy(logits, targets)
+
+    def new_measure(self) -> Metric:
+        """The share of images that are classified correctly."""
+        return MulticlassAccuracy(self.num_classes, average="micro")
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Those of the classes."""
+        return logits.softmax(dim=1)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """The loss of a batch."""
         inputs, targets = batch
-        loss = F.cross_entropy(self(inputs), targets)
+        loss = self.loss(self(inputs), targets)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(targets))
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Log ``val/loss`` and ``val/acc``."""
-        self._evaluate(batch, "val", self.val_accuracy)
+        """Log ``val/loss`` and the measure, ``val/acc``."""
+        self._evaluate(batch, "val", self.val_measure)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Log ``test/loss`` and ``test/acc``."""
-        self._evaluate(batch, "test", self.test_accuracy)
+        """Log ``test/loss`` and the measure, ``test/acc``."""
+        self._evaluate(batch, "test", self.test_measure)
 
     def predict_step(self, batch: Tensor | tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Class probabilities ``(B, K)`` of a batch."""
         inputs = batch if isinstance(batch, Tensor) else batch[0]
-        return self(inputs).softmax(dim=1)
+        return self.probabilities(self(inputs))
 
-    def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str, accuracy: MulticlassAccuracy) -> None:
+    def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str, measure: Metric) -> None:
         inputs, targets = batch
         logits = self(inputs)
-        accuracy.update(logits, targets)
+        measure.update(logits, targets)
         rows = len(targets)
-        # averaged over rows here and over ranks by Lightning, as the accuracy is by torchmetrics
-        self.log(f"{stage}/loss", F.cross_entropy(logits, targets), batch_size=rows, sync_dist=True)
-        self.log(f"{stage}/acc", accuracy, prog_bar=True, batch_size=rows)
+        # averaged over rows here and over ranks by Lightning, as the measure is by torchmetrics
+        self.log(f"{stage}/loss", self.loss(logits, targets), batch_size=rows, sync_dist=True)
+        self.log(f"{stage}/{self.measure}", measure, prog_bar=True, batch_size=rows)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer and, unless it is constant, its learning rate per step."""
