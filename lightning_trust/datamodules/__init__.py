@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lightning_trust.datamodules.adversarial import (
+    CXRDataModule,
     PseudoLabeledData,
     RepeatBatches,
     ShortcutFashionMNIST,
@@ -16,6 +17,7 @@ from lightning_trust.datamodules.unlearning import ForgetClass, ForgetIndices, F
 
 __all__ = [
     "CIFAR10",
+    "CXRDataModule",
     "Digits",
     "FashionMNIST",
     "ForgetClass",

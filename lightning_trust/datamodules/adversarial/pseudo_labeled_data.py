@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -17,6 +16,7 @@ from lightning_trust.core.batch import BatchSpec
 from lightning_trust.core.distributed import gather_rows, rank, world_size
 from lightning_trust.core.modes import eval_mode
 from lightning_trust.core.randomness import derived_seed, untouched_random_state
+from lightning_trust.core.saved_weights import load_weights
 from lightning_trust.datamodules.unlearning.forget_split import with_transform
 from lightning_trust.datamodules.wrapped import WrappedDataModule, loader_settings
 
@@ -343,7 +343,10 @@ class PseudoLabeledData(WrappedDataModule):
 
     def _taught(self, teacher: nn.Module) -> Tensor:
         if self.teacher_checkpoint is not None:
-            _load(teacher, Path(self.teacher_checkpoint))
+            try:
+                load_weights(teacher, self.teacher_checkpoint, inside=True)
+            except ValueError as error:
+                raise ValueError(f"Argument `teacher_checkpoint` does not fit the teacher. {error}") from error
         loader = self._rows(self.unlabeled)
         dataset = with_transform(loader.dataset, self.eval_transform)
         own = range(rank(), len(cast(Sized, dataset)), world_size())
@@ -392,15 +395,3 @@ class PseudoLabeledData(WrappedDataModule):
 def _check_threshold(threshold: float) -> None:
     if not 0.0 <= threshold < 1.0:
         raise ValueError(f"Expected argument `threshold` to be a probability in [0, 1), but got {threshold}.")
-
-
-def _load(teacher: nn.Module, path: Path) -> None:
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    state = content.get("state_dict", content) if isinstance(content, dict) else content
-    try:
-        teacher.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"Expected argument `teacher_checkpoint` to hold the weights of {type(teacher).__name__}, but {path} does"
-            f" not: {error}"
-        ) from error
