@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
 
+from lightning_trust.core.saved_weights import fitting_weights, read_weights
 from lightning_trust.functional.adversarial.curve import (
     Curve,
     check_bends,
@@ -161,8 +161,8 @@ class CurveNetwork(nn.Module):
         if which not in ("start", "end"):
             raise ValueError(f"Expected argument `which` to be 'start' or 'end', but got {which!r}.")
         source = weights if isinstance(weights, str) else f"argument `weights` ({which})"
-        own = self.network.state_dict()
-        found = network_state(read_weights(weights) if isinstance(weights, str) else weights, own, source)
+        given = read_weights(weights) if isinstance(weights, str) else weights
+        found = fitting_weights(given, self.network, source, inside=True)
         targets: dict[str, Tensor] = dict(self.network.named_buffers())
         # of a tied parameter, which bends hold once, the other names say the same
         targets.update((self.network if which == "start" else self.bends[-1]).named_parameters())
@@ -243,55 +243,3 @@ def _check_network(network: nn.Module) -> None:
             f"Expected argument `network` to have plain parameters, but got parametrisations of {', '.join(made[:4])}."
             " Take them away with `torch.nn.utils.parametrize.remove_parametrizations` first."
         )
-
-
-def read_weights(file: str) -> dict[str, Tensor]:
-    """The state dict of a Lightning checkpoint, of a file with a state dict, or of a safetensors file.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it holds no state dict that loads as weights only.
-
-    """
-    path = Path(file)
-    if not path.is_file():
-        raise FileNotFoundError(f"Expected a file of weights, but '{file}' does not exist.")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"Expected {file} to hold weights that load as weights only, but got: {error}") from error
-    state = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict):
-        raise ValueError(f"Expected {file} to hold a state dict, but got a {type(content).__name__}.")
-    return state
-
-
-def network_state(found: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """The entries for a network's own names, out of the state dict of the network or of a module that holds it.
-
-    Raises:
-        ValueError: If it is of another architecture; the first differences are listed.
-
-    """
-    first = next(iter(own))
-    prefixes = [name.removesuffix(first) for name in found if name == first or name.endswith(f".{first}")]
-    prefix = next((prefix for prefix in prefixes if all(prefix + name in found for name in own)), "")
-    mine = {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
-    problems = [f"no {name}" for name in own if name not in mine]
-    # with a prefix, other modules of the host may stand beside the network
-    problems += [f"unexpected {name}" for name in mine if name not in own]
-    problems += [
-        f"{name} of shape {tuple(mine[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in own
-        if name in mine and mine[name].shape != own[name].shape
-    ]
-    if problems:
-        raise ValueError(
-            f"Expected {source} to hold weights of the network's architecture, but got {'; '.join(problems[:4])}"
-            f"{f'; and {len(problems) - 4} more' if len(problems) > 4 else ''}."
-        )
-    return mine

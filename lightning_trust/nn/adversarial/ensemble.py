@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_trust.nn.adversarial.curve import CurveNetwork, network_state, read_weights
+from lightning_trust.core.saved_weights import load_weights
+from lightning_trust.nn.adversarial.curve import CurveNetwork
 
 
 class WeightEnsemble(nn.Module):
@@ -57,7 +58,7 @@ class WeightEnsemble(nn.Module):
                     f" {len(weights)} for {len(networks)} networks."
                 )
             for network, file in zip(networks, weights, strict=True):
-                network.load_state_dict(network_state(read_weights(file), network.state_dict(), file))
+                load_weights(network, file, inside=True)
         self.networks = nn.ModuleList(networks)
 
     @classmethod

@@ -199,7 +199,9 @@ def test_checkpoint_of_the_teacher(tmp_path):
     data.setup("fit")
     assert all(label != row % 3 for row, label in enumerate(data.pseudo_labels.tolist()))
     torch.save({"state_dict": nn.Linear(1, 1).state_dict()}, tmp_path / "other.ckpt")
-    with pytest.raises(ValueError, match="`teacher_checkpoint` to hold the weights of Teacher"):
+    with pytest.raises(
+        ValueError, match="`teacher_checkpoint` does not fit .* the weights of Teacher, but got another architecture"
+    ):
         mixed(teacher_checkpoint=str(tmp_path / "other.ckpt")).setup("fit")
 
 

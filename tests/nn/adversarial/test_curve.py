@@ -224,7 +224,7 @@ def test_bad_input(tmp_path):
         for call in (curve.move_to, curve.weights_at, curve.export):
             with pytest.raises(ValueError, match=r"`t` to be in \[0, 1\]"):
                 call(t)
-    with pytest.raises(ValueError, match=r"no bias; unexpected scale; weight of shape \(1, 2\) instead of \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"1 missing: bias; 1 unexpected: scale; 1 of another shape: weight \(\(1, 2\) instead"):
         curve.load_endpoint({"weight": torch.ones(1, 2), "scale": torch.ones(1)}, "end")
     with pytest.raises(ValueError, match="`which`"):
         curve.load_endpoint(nn.Linear(2, 2).state_dict(), "middle")
