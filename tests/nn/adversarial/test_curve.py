@@ -224,12 +224,14 @@ def test_bad_input(tmp_path):
         for call in (curve.move_to, curve.weights_at, curve.export):
             with pytest.raises(ValueError, match=r"`t` to be in \[0, 1\]"):
                 call(t)
-    with pytest.raises(ValueError, match=r"1 missing: bias; 1 unexpected: scale; 1 of another shape: weight \(\(1, 2\) instead"):
+    with pytest.raises(
+        ValueError, match=r"1 missing: bias; 1 unexpected: scale; 1 of another shape: weight \(\(1, 2\) instead"
+    ):
         curve.load_endpoint({"weight": torch.ones(1, 2), "scale": torch.ones(1)}, "end")
     with pytest.raises(ValueError, match="`which`"):
         curve.load_endpoint(nn.Linear(2, 2).state_dict(), "middle")
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(ValueError, match="to hold a state dict, but got a list"):
+    with pytest.raises(ValueError, match="to hold a state dict of tensors, but got a list"):
         curve.load_endpoint(str(tmp_path / "list.pt"), "end")
     (tmp_path / "broken.safetensors").write_bytes(b"no")
     with pytest.raises(ValueError, match="broken.safetensors to hold weights"):
