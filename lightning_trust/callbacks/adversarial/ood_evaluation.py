@@ -97,7 +97,13 @@ class OODEvaluation(HostCallback):
         dataset = loader.dataset
         # every row once, on any number of ranks, whatever sampler the loader has
         shard = Subset(dataset, list(range(rank(), len(dataset), world_size())))
-        rows = DataLoader(shard, batch_size=loader.batch_size or 128, collate_fn=loader.collate_fn)
+        rows = DataLoader(
+            shard,
+            batch_size=loader.batch_size or 128,
+            num_workers=loader.num_workers,
+            collate_fn=loader.collate_fn,
+            worker_init_fn=loader.worker_init_fn,
+        )
         outputs, targets = [], []
         for logits, labels in evaluate(trainer, host, find_network(host, self.network), rows, self.batch_spec):
             outputs.append(logits.cpu())

@@ -186,16 +186,60 @@ def test_random_ranks_are_a_baseline_of_the_same_share():
     assert not torch.equal(masked[0] == 0, masked[1] == 0)
 
 
-def test_several_labels():
-    class Findings(Images):
-        def training_step(self, batch, batch_idx):
-            return F.binary_cross_entropy_with_logits(self.net(batch[0]), batch[1])
+class Findings(Images):
+    """Several labels an image, or none."""
 
-    x, y = images().tensors
-    data = DataLoader(TensorDataset(x, F.one_hot(y, 3).float()), batch_size=8)
-    host, trainer = fit(Findings(), [SGA(PGD(eps=0.1, steps=2), loss="bce")], data=data)
-    assert trainer.global_step == 3
-    assert all(torch.isfinite(parameter).all() for parameter in host.parameters())
+    def training_step(self, batch, batch_idx):
+        return F.binary_cross_entropy_with_logits(self.net(batch[0]), batch[1])
+
+
+def test_gradient_with_several_labels_is_that_of_the_formula():
+    x = images(8).tensors[0].double()
+    y = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0]] * 2, dtype=torch.float64)
+    host = Findings()
+    twin = copy.deepcopy(host).double()
+    net = twin.net
+    callback = SGA(
+        PGD(eps=0.1, steps=2), fill="mean", loss="bce", kl_weight=0.7, adv_kl_weight=0.4, clean_weight=0.3, seed=5
+    )
+    found = {}
+
+    class Keep(pl.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            found.update({name: parameter.grad.clone() for name, parameter in pl_module.named_parameters()})
+
+    data = DataLoader(TensorDataset(x, y), batch_size=8)
+    fit(host, [callback, Keep()], batches=1, data=data, precision="64-true")
+
+    def bce(inputs):
+        p = net(inputs).sigmoid()
+        return -torch.where(y == 1, p.log(), (1 - p).log()).mean()
+
+    def kl(first, second):
+        """Every label a coin of its own."""
+        p, q = net(first).sigmoid(), net(second).sigmoid()
+        return (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).sum(1).mean()
+
+    adversarial = callback.attack(net, x, y, draws=callback.random.samples(8, "attack", 0))
+    assert bce(adversarial) > bce(x)
+    # the positive labels; without any the predicted ones, and without those the largest
+    saliency = []
+    for row, labels in zip(adversarial, y, strict=True):
+        row = row.clone().requires_grad_()
+        logits = net(row[None])[0]
+        chosen = labels > 0 if labels.any() else logits > 0
+        score = logits[chosen].sum() if chosen.any() else logits.max()
+        saliency.append(torch.autograd.grad(score, row)[0].mean(0))
+    filled = adversarial.clone()
+    for row, ranks in zip(filled, saliency, strict=True):
+        mean = row.mean().item()
+        row.flatten(1)[:, ranks.flatten().argsort()[: ranks.numel() // 2]] = mean
+    loss = bce(adversarial) + 0.3 * bce(x) + 0.7 * kl(adversarial, filled) + 0.4 * kl(x, adversarial)
+    for (name, _), value in zip(
+        twin.named_parameters(), torch.autograd.grad(loss, list(twin.parameters())), strict=True
+    ):
+        # the map is kept in float32
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-9)
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
