@@ -116,11 +116,16 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def place(tmp_path, monkeypatch, trained):
-    """A working directory in which the existing run has been run."""
+    """A working directory in which the existing run has been run, and those that give a curve its ends."""
     monkeypatch.chdir(tmp_path)
     target = Path(read(BASE)["trainer"]["default_root_dir"], "checkpoints", "last.ckpt")
     target.parent.mkdir(parents=True)
     shutil.copy(trained, target)
+    state = torch.load(trained, weights_only=True)["state_dict"]
+    for run, shift in (("adversarial_training", 0.0), ("adversarial_training_l1", 0.01)):
+        end = Path("runs", "adversarial", run, "checkpoints", "last.ckpt")
+        end.parent.mkdir(parents=True)
+        torch.save({"state_dict": {name: value + shift for name, value in state.items()}}, end)
     return tmp_path
 
 
@@ -177,7 +182,7 @@ def test_robust_runs_are_the_existing_one_made_robust(path):
     assert evaluations
     for evaluation in evaluations:
         attacks = evaluation["init_args"]["attacks"]
-        norms = MADE.get(method_of(path)) == "curve"
+        norms = MADE.get(method_of(path)) == "curve" or method_of(path).endswith("_l1")
         assert list(attacks) == (["linf", "l2", "l1"] if norms else ["pgd50", "autoattack"])
         assert next(iter(attacks.values()))["init_args"]["eps"] == 0.1
         assert evaluation["init_args"]["max_samples"] == 500

@@ -56,8 +56,8 @@ class CurveEvaluation(HostCallback):
         attacks: The attacks by the name under which they are logged.
         num_points: Number of positions, evenly spaced, both ends included; the paper's figures have 61.
         select_by: What the best position is best in: ``"union"`` or ``"mean"``; the other breaks ties.
-        every_n_epochs: In which epochs of a fit the validation evaluates the curve; in the others the last figures are
-            logged again.
+        every_n_epochs: In which epochs of a fit the validation evaluates the curve, beside the last one; in the others
+            the last figures are logged again.
         bn_batches: At most so many batches of the training data to re-estimate BatchNorm's statistics; all if None.
         export: File for the weights of the best point of the last validation, a safetensors file with the names that
             the host has with the plain network: :class:`~lightning_trust.callbacks.LoadWeights`, the ends of another
@@ -260,7 +260,9 @@ class CurveEvaluation(HostCallback):
     def _due(self, trainer: Any) -> bool:
         if trainer.sanity_checking:
             return False
-        return trainer.state.fn != "fit" or trainer.current_epoch % self.every_n_epochs == 0
+        # what is exported and chosen is of the trained curve
+        last = trainer.current_epoch + 1 == trainer.max_epochs
+        return trainer.state.fn != "fit" or last or trainer.current_epoch % self.every_n_epochs == 0
 
     # -- one point, one batch ------------------------------------------------------------------------------------------
     def _open(self, trainer: Any, host: Any, positions: list[float]) -> None:

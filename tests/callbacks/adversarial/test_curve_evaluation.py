@@ -300,7 +300,8 @@ def test_further_points_are_exported_in_the_order_of_their_scores(tmp_path):
             assert torch.equal(weights[f"net.{parameter}"], value)
 
 
-def test_other_epochs_log_the_last_figures_again(tmp_path):
+@pytest.mark.parametrize(("epochs", "evaluations"), [(3, 2), (4, 3)])
+def test_other_epochs_but_the_last_log_the_last_figures_again(tmp_path, epochs, evaluations):
     class Count(CurveEvaluation):
         opened = 0
 
@@ -309,9 +310,9 @@ def test_other_epochs_log_the_last_figures_again(tmp_path):
             super()._open(*arguments)
 
     callback = Count(ATTACKS, num_points=2, every_n_epochs=2)
-    run = trainer(tmp_path, callback, max_epochs=3)
+    run = trainer(tmp_path, callback, max_epochs=epochs)
     run.fit(Curve(), datamodule=Data())
-    assert callback.opened == 2
+    assert callback.opened == evaluations
     assert "trust/curve/best/robust_acc/union" in run.callback_metrics
 
 
