@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -26,7 +27,8 @@ class OODEvaluation(HostCallback):
     Args:
         sets: Data modules by name, whose test data are the other sites; classes in the same order as the run's.
         measure: ``"acc"``: share of samples whose largest logit is that of the class; ``"auroc"``: mean area under the
-            ROC curve over the labels of multi-hot targets. A label with one value only is left out, with a warning.
+            ROC curve over the labels of multi-hot targets. A label with one value only is left out, with a
+            warning, and a set that has no other label does not count for the worst.
         batch_spec: Where inputs and targets sit in a batch.
         network: Name of the host's network; found by itself if None.
         name: Tells two callbacks of this class apart.
@@ -90,7 +92,9 @@ class OODEvaluation(HostCallback):
             found[f"trust/ood_{self.measure}/{name}"] = value
             found[f"trust/ood_gap/{name}"] = own - value
             values.append(value)
-        found[f"trust/ood_{self.measure}/worst"] = min(values)
+        found[f"trust/ood_{self.measure}/worst"] = min(
+            (value for value in values if not math.isnan(value)), default=math.nan
+        )
         pl_module.log_dict(found)
 
     def _measured(self, trainer: Any, host: Any, loader: Any) -> float:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_trust.callbacks import OODEvaluation
 from lightning_trust.callbacks.adversarial.ood_evaluation import accuracy, mean_auroc
@@ -68,6 +69,30 @@ def test_auroc_is_scikit_learns_and_skips_labels_of_one_value():
         mean_auroc(logits, targets[:, 0])
     with pytest.raises(ValueError, match=r"classes of shape \(N,\)"):
         accuracy(logits, targets)
+
+
+class Labels(Sites):
+    """Several labels an image; a negative seed has none."""
+
+    def test_dataloader(self):
+        x, _ = images(20, seed=abs(self.seed)).tensors
+        y = (torch.rand(20, 3, generator=torch.Generator().manual_seed(9)) < 0.5).float()
+        return DataLoader(TensorDataset(x, y * (self.seed >= 0)), batch_size=7)
+
+
+@pytest.mark.parametrize("order", [("full", "empty"), ("empty", "full")])
+def test_a_site_without_a_curve_is_not_the_worst(order):
+    sites = {"full": Labels(1), "empty": Labels(-1)}
+    host = Tested()
+    callback = OODEvaluation({name: sites[name] for name in order}, measure="auroc")
+    trainer = pl.Trainer(callbacks=[callback], **QUIET)
+    with pytest.warns(UserWarning, match=r"Labels \[0, 1, 2\] have one value only"):
+        (found,) = trainer.test(host, Labels(0), verbose=False)
+    x, y = next(iter(DataLoader(Labels(1).test_dataloader().dataset, batch_size=20)))
+    assert found["trust/ood_auroc/full"] == pytest.approx(roc_auc_score(y, host.net(x).detach()))
+    assert found["trust/ood_auroc/worst"] == found["trust/ood_auroc/full"]
+    assert math.isnan(found["trust/ood_auroc/empty"])
+    assert math.isnan(found["trust/ood_gap/empty"])
 
 
 def test_bad_input():
