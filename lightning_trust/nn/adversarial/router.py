@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 from lightning_trust.nn.small_cnn import check_sizes
 
+RouterNorm = Literal["batch", "group"]
+
 
 class Router(nn.Module):
     r"""A small residual network that scores the experts for each image.
 
     Its stem halves the image, for what it spends is taken from what the experts save: with the default widths it needs
-    2.6 million multiply-adds for an image of 28 pixels, 0.6 % of a ResNet-18. It normalises in groups, not over the
-    batch: where an image goes does not depend on the others, no buffer moves, and training and evaluation agree. The
-    paper's router is a ResNet-20: ``widths=(16, 32, 64)``, ``blocks=(3, 3, 3)``, ``stem_stride=1``.
+    2.6 million multiply-adds for an image of 28 pixels, 0.6 % of a ResNet-18. The paper's router is a ResNet-20:
+    ``widths=(16, 32, 64)``, ``blocks=(3, 3, 3)``, ``stem_stride=1``.
+
+    With BatchNorm, as in the paper, it learns in far fewer steps. In training its scores then depend on the batch;
+    :class:`~lightning_trust.callbacks.AdvMoE` holds it in eval mode while the pathways train, so that they meet the
+    images that they get in use. Normalised in groups, scores of an image never depend on others, and no buffer moves.
 
     Paper: Robust Mixture-of-Expert Training for Convolutional Neural Networks (ICCV 2023).
 
@@ -31,10 +37,11 @@ class Router(nn.Module):
         widths: Channels of the stages; each but the first halves the image.
         blocks: Residual blocks of each stage.
         stem_stride: Stride of the first convolution.
+        norm: ``"batch"`` or ``"group"`` (of up to eight groups; with eight channels each is alone).
 
     Raises:
-        ValueError: If a number is not positive, or ``widths`` and ``blocks`` differ in length; in the call, if an image
-            has other channels.
+        ValueError: If a number is not positive, ``widths`` and ``blocks`` differ in length, or there is no such
+            ``norm``; in the call, if an image has other channels.
 
     Example:
         >>> import torch
@@ -53,6 +60,7 @@ class Router(nn.Module):
         widths: Sequence[int] = (16, 32, 64),
         blocks: Sequence[int] = (1, 1, 1),
         stem_stride: int = 2,
+        norm: RouterNorm = "batch",
     ) -> None:
         super().__init__()
         check_sizes(in_channels, 1)
@@ -65,10 +73,13 @@ class Router(nn.Module):
                 "Expected arguments `widths` and `blocks` to be equally many positive integers, but got"
                 f" {tuple(widths)} and {tuple(blocks)}."
             )
+        if norm not in get_args(RouterNorm):
+            raise ValueError(f"Expected argument `norm` to be 'batch' or 'group', but got {norm!r}.")
+        make = nn.BatchNorm2d if norm == "batch" else _group_norm
         self.in_channels = in_channels
         layers: list[nn.Module] = [
             nn.Conv2d(in_channels, widths[0], 3, stride=stem_stride, padding=1, bias=False),
-            _norm(widths[0]),
+            make(widths[0]),
             nn.ReLU(inplace=True),
         ]
         before = widths[0]
@@ -77,8 +88,8 @@ class Router(nn.Module):
                 stride = 2 if stage and not block else 1
                 join = None
                 if stride != 1 or before != width:
-                    join = nn.Sequential(nn.Conv2d(before, width, 1, stride=stride, bias=False), _norm(width))
-                layers.append(BasicBlock(before, width, stride, join, norm_layer=_norm))
+                    join = nn.Sequential(nn.Conv2d(before, width, 1, stride=stride, bias=False), make(width))
+                layers.append(BasicBlock(before, width, stride, join, norm_layer=make))
                 before = width
         self.features = nn.Sequential(*layers)
         self.scores = nn.Linear(before, num_experts)
@@ -96,5 +107,5 @@ class Router(nn.Module):
         return self.scores(self.features(x).mean(dim=(2, 3)))
 
 
-def _norm(channels: int) -> nn.GroupNorm:
+def _group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(8, channels), channels)

@@ -281,6 +281,19 @@ def test_router_decides_in_float32_under_autocast():
     assert whole(x.bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize("training", [False, True])
+def test_where_an_image_goes_depends_on_others_in_training_with_batchnorm_only(norm, training):
+    torch.manual_seed(0)
+    router, x = Router(2, 1, widths=(8, 16), blocks=(1, 1), norm=norm).train(training), images()
+    before = copy.deepcopy(router.state_dict())
+    with torch.no_grad():
+        alone, beside = router(x[:3]), router(x)[:3]
+    of_the_batch = training and norm == "batch"
+    assert torch.allclose(alone, beside, atol=1e-5) != of_the_batch
+    assert any(not torch.equal(before[name], value) for name, value in router.state_dict().items()) == of_the_batch
+
+
 @pytest.mark.parametrize("dispatch", ["group", "mask"])
 def test_attack_goes_through_and_leaves_no_gradients(dispatch):
     moe, x = network(dispatch=dispatch).train(), images()
@@ -383,6 +396,7 @@ def test_bad_networks_and_inputs():
         ({"stem_stride": 0}, "`stem_stride`"),
         ({"widths": (8, 16), "blocks": (1,)}, "equally many positive integers"),
         ({"widths": (8, 0), "blocks": (1, 1)}, "equally many positive integers"),
+        ({"norm": "layer"}, "`norm` to be 'batch' or 'group', but got 'layer'"),
     ],
 )
 def test_bad_routers(arguments, message):
