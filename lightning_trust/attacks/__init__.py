@@ -15,6 +15,7 @@ from lightning_trust.attacks.planted_weakness import PlantedWeakness, SelfTest, 
 from lightning_trust.attacks.search import SearchAttack
 from lightning_trust.attacks.simba import SimBA
 from lightning_trust.attacks.square import Square
+from lightning_trust.attacks.worst_of import WorstOf
 from lightning_trust.attacks.zeroth_order import NES, ZOSignSGD
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "SelfTest",
     "SimBA",
     "Square",
+    "WorstOf",
     "ZOSignSGD",
     "check_gradient_masking",
     "find_planted_weakness",
