@@ -13,6 +13,7 @@ from lightning_trust.nn.adversarial import (
     convert_to_moe,
     count_multiply_adds,
     moe_resnet18,
+    moe_small_cnn,
     straight_through_top1,
 )
 from lightning_trust.nn.networks import create_network
@@ -33,6 +34,7 @@ __all__ = [
     "count_multiply_adds",
     "create_network",
     "moe_resnet18",
+    "moe_small_cnn",
     "resnet18_small",
     "resnet20",
     "straight_through_top1",

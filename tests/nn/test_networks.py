@@ -28,6 +28,7 @@ def not_a_module(num_classes):
     ("name", "arguments", "pixels"),
     [
         ("SmallCNN", {"widths": (4,)}, 8),
+        ("moe_small_cnn", {"widths": (4, 4)}, 8),
         ("resnet20", {"shortcut": "B"}, 8),
         ("resnet18_small", {}, 8),
         ("test_resnet", {}, 32),  # timm's own tiny network for tests

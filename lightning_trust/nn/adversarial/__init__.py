@@ -1,6 +1,11 @@
 """Adversarial robustness."""
 
-from lightning_trust.nn.adversarial.convert import convert_to_moe, count_multiply_adds, moe_resnet18
+from lightning_trust.nn.adversarial.convert import (
+    convert_to_moe,
+    count_multiply_adds,
+    moe_resnet18,
+    moe_small_cnn,
+)
 from lightning_trust.nn.adversarial.curve import CurveNetwork
 from lightning_trust.nn.adversarial.ensemble import WeightEnsemble
 from lightning_trust.nn.adversarial.moe import MoEConv2d, MoENetwork, Routing, RoutingContext, straight_through_top1
@@ -17,5 +22,6 @@ __all__ = [
     "convert_to_moe",
     "count_multiply_adds",
     "moe_resnet18",
+    "moe_small_cnn",
     "straight_through_top1",
 ]

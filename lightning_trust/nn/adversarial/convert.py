@@ -16,6 +16,7 @@ from lightning_trust.core.modes import eval_mode
 from lightning_trust.nn.adversarial.moe import Dispatch, MoEConv2d, MoENetwork, RoutingContext
 from lightning_trust.nn.adversarial.router import Router
 from lightning_trust.nn.resnet import _ZeroFill, resnet18_small
+from lightning_trust.nn.small_cnn import SmallCNN
 
 #: names of layers that all experts share: the stem and the shortcuts
 SHARED = ("conv1", "stem*", "features.0", "*downsample*", "*shortcut*")
@@ -136,6 +137,52 @@ def moe_resnet18(
 
     """
     dense = resnet18_small(in_channels, num_classes)
+    router = Router(num_experts, in_channels, router_widths, router_blocks, router_stem_stride)
+    return convert_to_moe(dense, num_experts, ratio, router=router, dispatch=dispatch)
+
+
+def moe_small_cnn(
+    in_channels: int = 1,
+    num_classes: int = 10,
+    widths: Sequence[int] = (32, 32, 32, 32),
+    batch_norm: bool = True,
+    num_experts: int = 2,
+    ratio: float = 0.5,
+    dispatch: Dispatch = "group",
+    router_widths: Sequence[int] = (8, 16, 32),
+    router_blocks: Sequence[int] = (1, 1, 1),
+    router_stem_stride: int = 2,
+) -> MoENetwork:
+    """:class:`~lightning_trust.nn.SmallCNN` as a network of experts.
+
+    With the defaults an image of 28 pixels costs 1.4 million multiply-adds, 0.6 of them the router's; the dense network
+    has 2.9.
+
+    Args:
+        in_channels: Channels of an image.
+        num_classes: Number of classes.
+        widths: Channels of the dense network after each convolution.
+        batch_norm: Whether a batch normalisation follows each convolution.
+        num_experts: Number of experts.
+        ratio: Width of a pathway as a share of the dense network's, in (0, 1].
+        dispatch: See :class:`MoENetwork`.
+        router_widths: See :class:`Router`.
+        router_blocks: See :class:`Router`.
+        router_stem_stride: See :class:`Router`.
+
+    Returns:
+        The network: images ``(N, in_channels, H, W)`` -> logits ``(N, num_classes)``.
+
+    Raises:
+        ValueError: If a number is out of its range, or ``ratio`` times a width is no integer.
+
+    Example:
+        >>> network = moe_small_cnn()
+        >>> count_multiply_adds(network, (1, 28, 28)), count_multiply_adds(network.router, (1, 28, 28))
+        (1435392, 644960)
+
+    """
+    dense = SmallCNN(in_channels, num_classes, widths, batch_norm)
     router = Router(num_experts, in_channels, router_widths, router_blocks, router_stem_stride)
     return convert_to_moe(dense, num_experts, ratio, router=router, dispatch=dispatch)
 

@@ -24,6 +24,7 @@ from lightning_trust.nn import (
     count_multiply_adds,
     create_network,
     moe_resnet18,
+    moe_small_cnn,
     resnet18_small,
     resnet20,
     straight_through_top1,
@@ -325,6 +326,14 @@ def test_router_leaves_what_the_experts_save():
     assert wide == by_hand(64)
     assert thin == by_hand(32) + count_multiply_adds(moe.router, (1, 28, 28))
     assert thin < 0.5 * wide
+
+
+def test_small_network_of_experts_costs_half_the_dense_one():
+    dense, thin = SmallCNN(widths=(32,) * 4), SmallCNN(widths=(16,) * 4)
+    moe = moe_small_cnn()
+    wide, narrow, router, routed = (count_multiply_adds(each, (1, 28, 28)) for each in (dense, thin, moe.router, moe))
+    assert routed == narrow + router
+    assert routed < 0.5 * wide
 
 
 def test_cost_of_a_routed_layer_is_ratio_squared_inside_and_ratio_at_the_edge():
