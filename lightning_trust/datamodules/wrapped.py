@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 # what stays the user's own where the user's data module brings it, and Lightning's where it does not
 _HOOKS = (
@@ -91,6 +91,22 @@ class WrappedDataModule(LightningDataModule):
             raise MisconfigurationException(
                 f"{type(self).__name__} wants one DataLoader, but `{type(datamodule).__name__}.train_dataloader` gave"
                 f" {type(loader).__name__}."
+            )
+        return loader
+
+    def rows_loader(self, datamodule: LightningDataModule) -> DataLoader[Any]:
+        """The training loader of a data module, over a dataset whose rows have numbers.
+
+        Raises:
+            MisconfigurationException: If there are several, one that is no ``DataLoader``, or one over an
+                ``IterableDataset``.
+
+        """
+        loader = self.one_loader(datamodule)
+        if isinstance(loader.dataset, IterableDataset):
+            raise MisconfigurationException(
+                f"{type(self).__name__} wants a map-style dataset, but `{type(datamodule).__name__}.train_dataloader`"
+                " gave a DataLoader over an IterableDataset."
             )
         return loader
 

@@ -10,14 +10,14 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, Subset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, Subset
 
 from lightning_trust.core.batch import BatchSpec
 from lightning_trust.core.distributed import gather_rows, rank, world_size
 from lightning_trust.core.modes import eval_mode
 from lightning_trust.core.randomness import derived_seed, untouched_random_state
 from lightning_trust.core.saved_weights import load_weights
-from lightning_trust.datamodules.unlearning.forget_split import with_transform
+from lightning_trust.datamodules.rows import with_transform
 from lightning_trust.datamodules.wrapped import WrappedDataModule, loader_settings
 
 
@@ -332,7 +332,7 @@ class PseudoLabeledData(WrappedDataModule):
         labels = self.labels
         if not isinstance(labels, Tensor):
             labels = torch.load(str(labels), map_location="cpu", weights_only=True)
-        count = len(cast(Sized, self._rows(self.unlabeled).dataset))
+        count = len(cast(Sized, self.rows_loader(self.unlabeled).dataset))
         if not isinstance(labels, Tensor) or labels.shape != (count,) or labels.is_floating_point():
             found = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
             raise ValueError(
@@ -347,7 +347,7 @@ class PseudoLabeledData(WrappedDataModule):
                 load_weights(teacher, self.teacher_checkpoint, inside=True)
             except ValueError as error:
                 raise ValueError(f"Argument `teacher_checkpoint` does not fit the teacher. {error}") from error
-        loader = self._rows(self.unlabeled)
+        loader = self.rows_loader(self.unlabeled)
         dataset = with_transform(loader.dataset, self.eval_transform)
         own = range(rank(), len(cast(Sized, dataset)), world_size())
         settings = {**loader_settings(loader), "persistent_workers": False}
@@ -360,19 +360,10 @@ class PseudoLabeledData(WrappedDataModule):
             teacher.to(place)
         return gather_rows(labels)
 
-    def _rows(self, datamodule: LightningDataModule) -> DataLoader[Any]:
-        loader = self.one_loader(datamodule)
-        if isinstance(loader.dataset, IterableDataset):
-            raise MisconfigurationException(
-                f"PseudoLabeledData mixes map-style datasets, but `{type(datamodule).__name__}.train_dataloader` gave"
-                " an IterableDataset."
-            )
-        return loader
-
     # -- loader --------------------------------------------------------------------------------------------------------
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of both kinds of rows, the user's first, with the settings of the user's loader."""
-        loader = self._rows(self.datamodule)
+        loader = self.rows_loader(self.datamodule)
         if loader.batch_size is None:
             raise MisconfigurationException(
                 "PseudoLabeledData cuts batches of its own, but"
@@ -384,7 +375,7 @@ class PseudoLabeledData(WrappedDataModule):
                 f"Expected argument `unlabeled_fraction` to leave rows of both kinds in a batch of {loader.batch_size},"
                 f" but got {self.unlabeled_fraction}."
             )
-        rows = _Mixed(loader.dataset, self._rows(self.unlabeled).dataset, self.pseudo_labels, self.batch_spec)
+        rows = _Mixed(loader.dataset, self.rows_loader(self.unlabeled).dataset, self.pseudo_labels, self.batch_spec)
         order = MixedOrder((rows.count, len(rows.rows)), (loader.batch_size - guessed, guessed), self.seed)
         mixed: DataLoader[Any] = DataLoader(rows, batch_sampler=MixedBatches(order), **loader_settings(loader))
         # what Lightning looks at to see that the order is distributed already; DataLoader refuses a plain assignment

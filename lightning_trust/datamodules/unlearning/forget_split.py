@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Callable, Iterator, Sized
 from typing import Any, Literal, cast
@@ -13,40 +12,22 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
-    ConcatDataset,
     DataLoader,
     Dataset,
     DistributedSampler,
-    IterableDataset,
     Subset,
-    TensorDataset,
 )
 
 from lightning_trust.core.batch import BatchSpec
 from lightning_trust.core.distributed import rank, world_size
 from lightning_trust.core.randomness import derived_seed, untouched_random_state
+from lightning_trust.datamodules.rows import dataset_targets, with_transform
 from lightning_trust.datamodules.unlearning.forget_set import ForgetClass, ForgetSet
+from lightning_trust.datamodules.wrapped import WrappedDataModule, loader_settings
 
 Feed = Literal["retain", "forget", "forget_then_retain", "mixed"]
 Part = Literal["forget", "retain", "test"]
 _FEEDS: tuple[Feed, ...] = ("retain", "forget", "forget_then_retain", "mixed")
-# what stays the user's own where the user's data module brings it, and Lightning's where it does not
-_HOOKS = (
-    "on_before_batch_transfer",
-    "transfer_batch_to_device",
-    "on_after_batch_transfer",
-    "val_dataloader",
-    "test_dataloader",
-    "predict_dataloader",
-)
-_SETTINGS = (
-    "prepare_data_per_node",
-    "allow_zero_length_dataloader_with_multiple_devices",
-    "_log_hyperparams",
-    "_hparams",
-    "_hparams_initial",
-    "_hparams_name",
-)
 
 
 class ForgetOrder(DistributedSampler[int]):
@@ -149,7 +130,7 @@ class _Counted:
         return len(self.loader)
 
 
-class ForgetSplit(LightningDataModule):
+class ForgetSplit(WrappedDataModule):
     """The user's data module with its training set split in what is to be forgotten and what is to be retained.
 
     Validation, test and prediction data, transfer hooks and attributes are the user's own.
@@ -188,10 +169,9 @@ class ForgetSplit(LightningDataModule):
         batch_spec: BatchSpec | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
         if feed is not None and feed not in _FEEDS:
             raise ValueError(f"Expected argument `feed` to be one of {list(_FEEDS)}, but got {feed!r}.")
-        self.datamodule = datamodule
+        super().__init__(datamodule)
         self.forget = forget
         self.feed = feed
         self.eval_transform = eval_transform
@@ -201,25 +181,8 @@ class ForgetSplit(LightningDataModule):
         self._rows: tuple[Tensor, Tensor, Tensor] | None = None
         self._loader: ForgetLoader | None = None
         self._set_up: set[str] = set()
-        for setting in _SETTINGS:
-            if setting in datamodule.__dict__:
-                self.__dict__[setting] = datamodule.__dict__[setting]
-        for hook in _HOOKS:
-            if getattr(type(datamodule), hook, None) is not getattr(LightningDataModule, hook, None):
-                setattr(self, hook, getattr(datamodule, hook))
-
-    def __getattr__(self, name: str) -> Any:
-        # whoever asks the data module of the run for something of the user's finds it
-        if name.startswith("_") or "datamodule" not in self.__dict__:
-            raise AttributeError(name)
-        return getattr(self.datamodule, name)
 
     # -- the user's own ------------------------------------------------------------------------------------------------
-    def prepare_data(self) -> None:
-        """Prepare the user's data."""
-        self.datamodule.trainer = self.trainer
-        self.datamodule.prepare_data()
-
     def setup(self, stage: str) -> None:
         """Set up the user's data.
 
@@ -234,8 +197,7 @@ class ForgetSplit(LightningDataModule):
                 f"ForgetSplit decides the order of the data, but Trainer(overfit_batches={overfit}) would replace it."
                 " Use `limit_train_batches`."
             )
-        self.datamodule.trainer = self.trainer
-        self.datamodule.setup(stage)
+        super().setup(stage)
         self._set_up = {stage}
         self._rows = self._loader = None
         # from a run that ended in an exception
@@ -253,17 +215,13 @@ class ForgetSplit(LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         """Tear the user's data down."""
-        self.datamodule.teardown(stage)
+        super().teardown(stage)
         self._set_up.clear()
         self.requested = None
 
-    def on_exception(self, exception: BaseException) -> None:
-        """Tell the user's data module."""
-        self.datamodule.on_exception(exception)
-
     def state_dict(self) -> dict[str, Any]:
         """State of the user's data module, and which rows are forgotten."""
-        return {"datamodule": self.datamodule.state_dict(), "forget_hash": self.forget_hash}
+        return {**super().state_dict(), "forget_hash": self.forget_hash}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the user's data module.
@@ -279,19 +237,12 @@ class ForgetSplit(LightningDataModule):
                 f"Expected the forget set of the checkpoint ({state_dict['forget_hash']}), but got {self.forget}"
                 f" ({self.forget_hash}). Resume with the same `forget` and the same training set."
             )
-        self.datamodule.load_state_dict(state_dict["datamodule"])
+        super().load_state_dict(state_dict)
 
     # -- the split -----------------------------------------------------------------------------------------------------
     def _train_loader(self) -> DataLoader[Any]:
         self._ensure_set_up("fit")
-        loader = self.datamodule.train_dataloader()
-        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-            found = f"{'an IterableDataset in ' * isinstance(loader, DataLoader)}{type(loader).__name__}"
-            raise MisconfigurationException(
-                "ForgetSplit splits one DataLoader over a map-style dataset, but"
-                f" `{type(self.datamodule).__name__}.train_dataloader` gave {found}."
-            )
-        return loader
+        return self.rows_loader(self.datamodule)
 
     def _split(self) -> tuple[Tensor, Tensor, Tensor]:
         """Rows to forget, rows to retain, and which of all rows are to be forgotten."""
@@ -367,7 +318,7 @@ class ForgetSplit(LightningDataModule):
             "mixed": [torch.cat([forget, retain])],
         }[self.current_feed]
         batches = ForgetBatches(ForgetOrder(segments, self.seed), loader.batch_size, loader.drop_last)
-        self._loader = ForgetLoader(loader.dataset, batches, **_settings(loader))
+        self._loader = ForgetLoader(loader.dataset, batches, **loader_settings(loader))
         return self._loader
 
     def indices(self, batch_idx: int) -> Tensor:
@@ -437,49 +388,6 @@ class ForgetSplit(LightningDataModule):
             rows = self.forget_rows if part == "forget" else self.retain_rows
         if shard:
             rows = rows[rank() :: world_size()]
-        settings = {**_settings(loader), "persistent_workers": False}
+        settings = {**loader_settings(loader), "persistent_workers": False}
         subset = Subset(dataset, cast(Any, rows.tolist()))
         return DataLoader(subset, batch_size=loader.batch_size or 1, shuffle=False, **settings)
-
-
-def _settings(loader: DataLoader[Any]) -> dict[str, Any]:
-    """Settings of a user's loader that do not concern its order."""
-    keys = ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context")
-    settings = {key: getattr(loader, key) for key in keys}
-    if loader.num_workers > 0:
-        settings.update(prefetch_factor=loader.prefetch_factor, persistent_workers=loader.persistent_workers)
-    return settings
-
-
-def dataset_targets(dataset: Any, spec: BatchSpec) -> Tensor:
-    """Labels of a map-style dataset, shape ``(N,)``; read sample by sample where the dataset does not list them."""
-    if isinstance(dataset, Subset):
-        return dataset_targets(dataset.dataset, spec)[torch.as_tensor(list(dataset.indices))]
-    if isinstance(dataset, ConcatDataset):
-        return torch.cat([dataset_targets(part, spec) for part in dataset.datasets])
-    if isinstance(dataset, TensorDataset) and isinstance(spec.targets, int):
-        return dataset.tensors[spec.targets]
-    for name in ("targets", "labels"):
-        found = getattr(dataset, name, None)
-        if found is not None and not callable(found):
-            return torch.as_tensor(found)
-    return torch.stack([torch.as_tensor(spec.targets_of(dataset[row])) for row in range(len(dataset))])
-
-
-def with_transform(dataset: Any, transform: Callable[[Any], Any] | None) -> Any:
-    """A dataset, or what it is a subset of, with another ``transform``; the one that came in is left as it was."""
-    if transform is None:
-        return dataset
-    changed = copy.copy(dataset)
-    if isinstance(dataset, Subset):
-        changed.dataset = with_transform(dataset.dataset, transform)
-    elif isinstance(dataset, ConcatDataset):
-        changed.datasets = [with_transform(part, transform) for part in dataset.datasets]
-    elif hasattr(dataset, "transform"):
-        changed.transform = transform
-    else:
-        raise MisconfigurationException(
-            "Expected the training set to have an attribute `transform` that `eval_transform` can take the place of,"
-            f" but {type(dataset).__name__} has none."
-        )
-    return changed

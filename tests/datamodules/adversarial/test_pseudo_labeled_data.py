@@ -376,7 +376,7 @@ class TestRefusals:
                 return iter([])
 
         data = PseudoLabeledData(RowsData(Rows(4)), RowsData(Stream(), shuffle=False), teacher=Teacher())
-        with pytest.raises(MisconfigurationException, match="gave an IterableDataset"):
+        with pytest.raises(MisconfigurationException, match="gave a DataLoader over an IterableDataset"):
             data.setup("fit")
 
     def test_overfit_batches(self):

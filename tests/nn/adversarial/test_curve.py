@@ -234,5 +234,5 @@ def test_bad_input(tmp_path):
     with pytest.raises(ValueError, match="to hold a state dict of tensors, but got a list"):
         curve.load_endpoint(str(tmp_path / "list.pt"), "end")
     (tmp_path / "broken.safetensors").write_bytes(b"no")
-    with pytest.raises(ValueError, match="broken.safetensors to hold weights"):
+    with pytest.raises(ValueError, match="broken.safetensors to be a whole safetensors file"):
         curve.load_endpoint(str(tmp_path / "broken.safetensors"), "end")
