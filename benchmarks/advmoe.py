@@ -1,51 +1,58 @@
-"""Networks of experts: time and cost of inference, and the small experiment of adversarial training.
+"""The small experiment of AdvMoE, and what networks of experts cost.
 
     python -m benchmarks.advmoe [--smoke]
 
-* :func:`inference`: ResNet-18 (3x3 stem) dense and as two experts of half the width, router included, for images of 28
-  pixels: median seconds of interleaved rounds in one process, their ratio, and multiply-adds counted;
-* :func:`rows`: Fashion-MNIST, a small CNN, linf radius 0.1, TRADES with five steps in training and PGD-20 in the test:
-  the dense network, one of half the width (what a pathway costs), experts and router trained together, and AdvMoE with
-  either objective of the router.
+* Fashion-MNIST, a small CNN, linf radius 0.1, TRADES with two steps in training, as in the paper, and PGD-20 in the
+  test: the dense network, one of half the width (a pathway by itself), experts and router trained together, and AdvMoE
+  with either objective of the router. All networks begin alike.
+* ResNet-18 (3x3 stem) dense, one pathway of half the width, and two experts of that width with their router, 128 images
+  of 28 pixels, half of them to each expert: median seconds of interleaved rounds in one process over the dense
+  network's, and multiply-adds counted.
+
+Writes benchmarks/results/adversarial/advmoe.json: about 25 minutes on one quiet core.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
+import io
 import logging
 import math
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from benchmarks.robustness_results import now
+from benchmarks.table_results import Column, TableResult, TableRow
 from benchmarks.timing import medians
 from lightning_trust.attacks import PGD
 from lightning_trust.callbacks import AdversarialTraining, AdvMoE, RobustEvaluation
 from lightning_trust.core.modes import eval_mode
+from lightning_trust.core.records import hardware, versions
 from lightning_trust.datamodules import FashionMNIST
 from lightning_trust.metrics import ExpertUtilisation, RouterRobustness
 from lightning_trust.modules import ImageClassifier
 from lightning_trust.nn import (
     MoEConv2d,
     MoENetwork,
-    Router,
     SmallCNN,
-    convert_to_moe,
     count_multiply_adds,
     moe_resnet18,
+    moe_small_cnn,
     resnet18_small,
 )
 
-EPS, STEP_SIZE, STEPS, WIDTH = 0.1, 0.04, 5, 32
+EPS, STEP_SIZE, WIDTH = 0.1, 0.06, 32
 IMAGE = (1, 28, 28)
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -54,6 +61,16 @@ QUIET: dict[str, Any] = {
     "enable_checkpointing": False,
     "enable_progress_bar": False,
     "enable_model_summary": False,
+}
+COLUMNS = {
+    "robust": Column("Robust accuracy"),
+    "clean": Column("Clean"),
+    "share": Column("Images at the fuller expert"),
+    "routing": Column("Decisions that an attack on the router leaves"),
+    "multiply_adds": Column("Million multiply-adds", "number"),
+    "seconds": Column("Training", "seconds"),
+    "resnet18_multiply_adds": Column("ResNet-18: million multiply-adds", "number"),
+    "resnet18_time": Column("ResNet-18: time of inference, dense = 1", "ratio"),
 }
 
 
@@ -66,29 +83,28 @@ class Run:
 
 
 RUNS: dict[str, Run] = {
-    "dense": Run("dense"),
-    "thin": Run("thin"),
-    "joint": Run("moe"),
-    "advmoe_trades": Run("moe", "trades"),
-    "advmoe_class_mod": Run("moe", "class_mod"),
+    "dense, TRADES": Run("dense"),
+    "half the width, TRADES": Run("thin"),
+    "experts and router together, TRADES": Run("moe"),
+    "AdvMoE, class_mod": Run("moe", "class_mod"),
+    "AdvMoE, trades": Run("moe", "trades"),
 }
 
 
-def inference(rounds: int = 15, batch: int = 128, ratio: float = 0.5) -> dict[str, Any]:
-    """Time of a forward pass of the dense network and of the experts, and multiply-adds of an image."""
+def inference(rounds: int = 15, batch: int = 128) -> dict[str, dict[str, float]]:
+    """Time of a forward pass over the dense network's, and multiply-adds of an image, of each kind of network."""
     torch.manual_seed(0)
-    dense, moe, x = resnet18_small(1).eval(), moe_resnet18(1, ratio=ratio).eval(), torch.rand(batch, *IMAGE)
+    dense, moe, x = resnet18_small(1).eval(), moe_resnet18(1).eval(), torch.rand(batch, *IMAGE)
     _split_evenly(moe, x)
     with torch.no_grad():
         shares = torch.bincount(moe.route(x).argmax(dim=1), minlength=2) / batch
-        seconds = medians(rounds, dense=lambda: dense(x), moe=lambda: moe(x), router=lambda: moe.route(x))
+        assert shares.max() <= 0.5 + 1 / batch, "the border between the experts is not at the median image"
+        seconds = medians(rounds, dense=lambda: dense(x), thin=lambda: moe.through(x, 0), moe=lambda: moe(x))
     costs = {name: count_multiply_adds(each, IMAGE) for name, each in (("dense", dense), ("moe", moe))}
+    costs["thin"] = costs["moe"] - count_multiply_adds(moe.router, IMAGE)
     return {
-        **{f"seconds_{name}": value for name, value in seconds.items()},
-        "time_ratio": seconds["moe"] / seconds["dense"],
-        **{f"multiply_adds_{name}": value for name, value in costs.items()},
-        "multiply_adds_ratio": costs["moe"] / costs["dense"],
-        "expert_shares": shares.tolist(),
+        name: {"resnet18_multiply_adds": costs[name] / 1e6, "resnet18_time": seconds[name] / seconds["dense"]}
+        for name in seconds
     }
 
 
@@ -104,12 +120,10 @@ def network(run: Run) -> nn.Module:
     """The network of a run."""
     if run.network == "thin":
         return SmallCNN(1, 10, widths=(WIDTH // 2,) * 4)
-    dense = SmallCNN(1, 10, widths=(WIDTH,) * 4)
     if run.network == "dense":
-        return dense
-    router = Router(2, 1, widths=(8, 16), blocks=(1, 1))
-    # the joint run needs the router's whole gradient in every step
-    moe = convert_to_moe(dense, ratio=0.5, router=router, dispatch="group" if run.router_objective else "mask")
+        return SmallCNN(1, 10, widths=(WIDTH,) * 4)
+    # trained together the router needs its whole gradient in every step
+    moe = moe_small_cnn(widths=(WIDTH,) * 4, dispatch="group" if run.router_objective else "mask")
     for layer in moe.network.modules():
         # as SmallCNN begins: in so short a run the initial weights matter more than what is compared
         if isinstance(layer, (nn.Conv2d, MoEConv2d)):
@@ -118,73 +132,105 @@ def network(run: Run) -> nn.Module:
 
 
 def measured(
-    run: Run, seed: int, epochs: int = 4, train_rows: int = 10000, test_rows: int = 1000, batch_size: int = 128
-) -> dict[str, Any]:
-    """Train and test one run: accuracies in [0, 1], seconds of the fit, multiply-adds; of experts how they are used."""
+    run: Run,
+    seed: int,
+    rows: int = 10000,
+    epochs: int = 4,
+    test_rows: int = 1000,
+    steps: int = 2,
+    batch_size: int = 128,
+) -> dict[str, float]:
+    """Train and test one run; a network without experts is one of one expert, to which all images go."""
     pl.seed_everything(seed, verbose=False)
-    optimizer = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=5e-4)
-    classifier = ImageClassifier(network(run), optimizer=optimizer)
-    data = FashionMNIST(train_rows=train_rows, val_rows=100, test_rows=test_rows, batch_size=batch_size)
+    classifier = ImageClassifier(
+        network(run), optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=5e-4)
+    )
+    data = FashionMNIST(train_rows=rows, val_rows=100, test_rows=test_rows, batch_size=batch_size)
     if run.router_objective:
-        arguments = {"eps": EPS, "step_size": STEP_SIZE, "steps": STEPS, "router_lr": 0.05}
-        training: pl.Callback = AdvMoE(router_objective=run.router_objective, **arguments)
+        training: pl.Callback = AdvMoE(EPS, STEP_SIZE, steps, router_objective=run.router_objective)
     else:
-        training = AdversarialTraining(PGD(eps=EPS, step_size=STEP_SIZE, steps=STEPS), objective="trades")
+        training = AdversarialTraining(PGD(EPS, STEP_SIZE, steps), objective="trades")
     trainer = pl.Trainer(**QUIET, max_epochs=epochs, limit_val_batches=0, callbacks=[training])
     start = time.perf_counter()
     trainer.fit(classifier, datamodule=data)
-    found: dict[str, Any] = {"seconds": time.perf_counter() - start}
-    with tempfile.TemporaryDirectory() as folder:
+    seconds = time.perf_counter() - start
+    moe = classifier.network
+    routing = {"share": 1.0, "routing": 1.0}
+    if isinstance(moe, MoENetwork):
+        moe.dispatch = "group"
+        routing = _routing(moe, data)
+    # the table of every evaluation is not wanted
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         evaluation = RobustEvaluation({"pgd": PGD(eps=EPS, steps=20)}, folder=folder)
         tester = pl.Trainer(**QUIET, callbacks=[evaluation], default_root_dir=folder)
         (result,) = tester.test(classifier, datamodule=data, verbose=False)
-    found["clean_acc"], found["robust_acc"] = result["trust/clean_acc"], result["trust/robust_acc/pgd"]
-    moe = classifier.network
-    if isinstance(moe, MoENetwork):
-        moe.dispatch = "group"
-        found.update(_routing(moe, data))
-    return {**found, "multiply_adds": count_multiply_adds(moe, IMAGE)}
+    return {
+        "robust": float(result["trust/robust_acc/pgd"]),
+        "clean": float(result["trust/clean_acc"]),
+        **routing,
+        "multiply_adds": count_multiply_adds(moe, IMAGE) / 1e6,
+        "seconds": seconds,
+    }
 
 
-def _routing(moe: MoENetwork, data: pl.LightningDataModule) -> dict[str, float]:
+def _routing(moe: MoENetwork, data: FashionMNIST) -> dict[str, float]:
     utilisation, robustness = ExpertUtilisation(2, 10), RouterRobustness()
-    right, count = torch.zeros(2), 0
     attack = PGD(eps=EPS, steps=10)
+    data.setup("test")
     with eval_mode(moe), torch.no_grad():
         for x, y in data.test_dataloader():
             scores = moe.route(x)
             moved = attack(moe.route, x, scores.argmax(dim=1))
             utilisation.update(scores, y)
             robustness.update(scores, moe.route(moved))
-            right += torch.stack([(moe.through(x, expert).argmax(dim=1) == y).sum() for expert in range(2)])
-            count += len(y)
-    accuracies = (right / count).tolist()
-    return {
-        **{f"share_{expert}": float(share) for expert, share in enumerate(utilisation.compute()["share"])},
-        "entropy": float(utilisation.compute()["entropy"]),
-        "router_robustness": float(robustness.compute()),
-        **{f"clean_acc_through_{expert}": value for expert, value in enumerate(accuracies)},
-    }
+    return {"share": float(utilisation.compute()["share"].max()), "routing": float(robustness.compute())}
 
 
-def rows(seeds: tuple[int, ...] = (1, 2, 3), **settings: Any) -> Iterator[dict[str, Any]]:
-    """One dict a run and seed: ``run``, ``seed`` and what :func:`measured` gives."""
-    for seed in seeds:
-        for name, run in RUNS.items():
-            yield {"run": name, "seed": seed, **measured(run, seed, **settings)}
+def row(name: str, seed: int, costs: Mapping[str, Mapping[str, float]], **settings: int) -> TableRow:
+    """One run of one seed, with what its kind of ResNet-18 costs."""
+    run = RUNS[name]
+    found: dict[str, float | None] = {**measured(run, seed, **settings), **costs[run.network]}
+    return TableRow(name, seed, "linf 0.1", {column: found[column] for column in COLUMNS})
 
 
 def main() -> None:
+    """Run and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="few rows, one epoch, one seed: to see that it runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--rows", type=int, default=10000)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--test-rows", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=2, help=f"of size {STEP_SIZE}, of the attack in training")
+    parser.add_argument("--rounds", type=int, default=15, help="of the timing of inference")
+    parser.add_argument("--output", default="benchmarks/results/adversarial/advmoe.json")
+    parser.add_argument("--smoke", action="store_true", help="few rows, one epoch, one seed: to see that it runs")
     arguments = parser.parse_args()
+    if arguments.smoke:
+        smoke = {"seeds": [1], "rows": 64, "epochs": 1, "test_rows": 20, "rounds": 2}
+        vars(arguments).update(smoke)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    small: dict[str, Any] = {"epochs": 1, "train_rows": 64, "test_rows": 20, "batch_size": 32}
-    print(json.dumps(inference(rounds=2, batch=4) if arguments.smoke else inference()))
-    for row in rows((1,), **small) if arguments.smoke else rows(tuple(arguments.seeds)):
-        print(json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}))
+    costs = inference(arguments.rounds)
+    print(costs, flush=True)
+    settings = {name: getattr(arguments, name) for name in ("rows", "epochs", "test_rows", "steps")}
+    found = []
+    for seed in arguments.seeds:
+        for name in RUNS:
+            found.append(row(name, seed, costs, **settings))
+            print(f"  seed {seed}, {name}: {dict(found[-1].values)}", flush=True)
+    TableResult(
+        method="advmoe",
+        experiment=f"Fashion-MNIST, {arguments.rows:,} rows, a small CNN of four layers of {WIDTH} channels, experts of"
+        f" {WIDTH // 2}, {arguments.epochs} epochs, {arguments.steps} steps of linf eps {EPS}; PGD-20 on"
+        f" {arguments.test_rows:,} rows",
+        config="configs/adversarial/advmoe.yaml",
+        hardware=hardware(),
+        versions=versions(),
+        created=now(),
+        seeds=arguments.seeds,
+        columns=COLUMNS,
+        rows=found,
+    ).write(Path(arguments.output))
 
 
 if __name__ == "__main__":
