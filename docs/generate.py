@@ -3,8 +3,8 @@
     python -m docs.generate
 
 A generated part stands between ``<!-- generated: WHAT -->`` and ``<!-- end -->``, where WHAT is one of: ``methods``;
-``demo``; ``results``; ``robustness``; ``result METHOD``; ``overhead``; ``arguments CLASS``; ``papers METHOD``;
-``file PATH``.
+``demo``; ``results``; ``robustness``; ``result METHOD``; ``overhead``; ``attacks``; ``arguments CLASS``;
+``papers METHOD``; ``file PATH``.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ def _part(what: str, page: Path) -> str:
         "robustness": lambda: _robustness(ROOT / method("adversarial-training").results),
         "result": lambda: _result_of(method(argument)),
         "overhead": lambda: _overhead(RESULTS / "overhead.json"),
+        "attacks": lambda: _attacks(RESULTS / "attacks.json"),
         "arguments": lambda: _arguments(argument),
         "papers": lambda: "\n".join(f"- *{paper.title}.* {paper.venue}." for paper in method(argument).papers),
         "file": lambda: f"```yaml\n{(ROOT / argument).read_text(encoding='utf-8').rstrip()}\n```",
@@ -263,11 +264,41 @@ def _overhead(path: Path) -> str:
     if not path.is_file():
         return NOT_YET
     found = read_json(path, "lightning_trust.overhead", 1)
-    rows = [
-        [row["what"], f"{row['value']:.3g}", f"{row['bar']:g}", "yes" if row["reached"] else "no"]
-        for row in found["rows"]
-    ]
-    rows += _unlearning_bars()
+    return _bars(found, [*map(_bar, found["rows"]), *_unlearning_bars()])
+
+
+def _attacks(path: Path) -> str:
+    if not path.is_file():
+        return NOT_YET
+    found = read_json(path, "lightning_trust.attacks", 1)
+    rows = found["experiment"]["rows"]
+    networks = list(dict.fromkeys(row["network"] for row in rows))
+    lines = []
+    for attack in dict.fromkeys(row["attack"] for row in rows):
+        own = {row["network"]: row for row in rows if row["attack"] == attack}
+        queries = [own[network]["queries"] for network in networks]
+        lines.append(
+            [
+                attack,
+                *(f"{own[network]['accuracy']:.1f}" for network in networks),
+                *("" if count is None else f"{count:.0f}" for count in queries),
+            ]
+        )
+    head = ["Attack", *(f"Trained {name}ly" for name in networks), *(f"Queries, {name}ly" for name in networks)]
+    words = (
+        "Accuracy in percent of a small CNN on 500 test images of Fashion-MNIST, linf eps 0.1; mean queries an image of"
+        f" attacks on scores; seed {found['experiment']['seed']}, {found['experiment']['train_rows']:,} training rows."
+    )
+    return f"{_bars(found, list(map(_bar, found['rows'])))}\n\n{_table(head, lines, len(head) - 1)}\n\n{words}"
+
+
+def _bar(row: dict[str, Any]) -> list[str]:
+    if row["reached"] is None:
+        return [row["what"], "not measured", f"{row['bar']:g}", ""]
+    return [row["what"], f"{row['value']:.3g}", f"{row['bar']:g}", "yes" if row["reached"] else "no"]
+
+
+def _bars(found: dict[str, Any], rows: list[list[str]]) -> str:
     hardware = found["hardware"]
     device = hardware.get("accelerator") or f"{hardware['cpu']}, {found['threads']} threads"
     versions = f"torch {found['versions']['torch']}, lightning {found['versions']['lightning']}"

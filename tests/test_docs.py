@@ -42,7 +42,7 @@ class MyModel(pl.LightningModule):
     def __init__(self, lr: float = 0.1):
         super().__init__()
         self.save_hyperparameters()
-        self.net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 8), torch.nn.Linear(8, 3))
+        self.net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 8), torch.nn.Linear(8, 4))
 
     def training_step(self, batch, batch_idx):
         inputs, targets = batch
@@ -58,7 +58,7 @@ class MyModel(pl.LightningModule):
 class MyData(pl.LightningDataModule):
     def _loader(self, rows, shuffle=False):
         generator = torch.Generator().manual_seed(rows)
-        data = TensorDataset(torch.rand(rows, 1, 8, 8, generator=generator), torch.arange(rows) % 3)
+        data = TensorDataset(torch.rand(rows, 1, 8, 8, generator=generator), torch.arange(rows) % 4)
         return DataLoader(data, batch_size=8, shuffle=shuffle)
 
     def train_dataloader(self):
@@ -218,9 +218,9 @@ def test_commands_run(path, project, capsys):
         elif program == "lightning-trust":
             # script processes are Lightning's affair; forked ranks do the same in this process
             main([word.replace("strategy=ddp", "strategy=ddp_fork") for word in arguments])
-        elif words == ["python", "-m", "benchmarks.unlearning"]:
-            # minutes on quiet cores; its configurations run in tests/test_configs.py
-            importlib.import_module("benchmarks.unlearning")
+        elif words[:2] == ["python", "-m"] and len(words) == 3:
+            # minutes on quiet cores; what they run is tested where it stands
+            assert callable(importlib.import_module(words[2]).main)
         else:
             assert words[:3] == ["python", "-m", "benchmarks.results"]
             retrain = ["--config=mine.yaml", "--config=configs/unlearning/retrain.overlay.yaml"]
@@ -253,8 +253,7 @@ def test_promise_is_three_lines():
 def test_yaml_of_the_robust_guide_runs(project, capsys):
     """One entry turns adversarial training on, another one tells the robust accuracy, with default Trainer flags."""
     (block,) = blocks(ROOT / "docs" / "adversarial" / "guide.md", "yaml")
-    # the user's three classes are too few for AutoAttack's targeted losses
-    Path("robust.yaml").write_text(block.replace("class_path: AutoAttack", "class_path: APGD"))
+    Path("robust.yaml").write_text(block)
     files = ["--config=mine.yaml", "--config=robust.yaml", "--trainer.default_root_dir=runs/robust"]
     cli = main(["fit", *files])
     names = [type(callback).__name__ for callback in cli.trainer.callbacks]
