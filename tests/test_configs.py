@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from safetensors.torch import load_file
 
 import lightning_trust.attacks
 import lightning_trust.callbacks
@@ -30,10 +31,12 @@ from lightning_trust.report import collect
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
 DEMO = CONFIGS / "unlearning" / "demo.yaml"
+MULTI_NORM = CONFIGS / "adversarial" / "multi_norm.yaml"
+RECIPES = {DEMO, MULTI_NORM}
 ALL = sorted(CONFIGS.rglob("*.yaml"))
 PAPER = [path for path in ALL if path.name.endswith(".paper.yaml")]
 OVERLAYS = [path for path in ALL if path.name.endswith(".overlay.yaml")]
-SMALL = [path for path in ALL if path not in {*PAPER, *OVERLAYS, DEMO}]
+SMALL = [path for path in ALL if path not in {*PAPER, *OVERLAYS, *RECIPES}]
 BASE = CONFIGS / "fashion_mnist.yaml"
 METHOD_OF = {ROOT / getattr(entry, part): entry for entry in METHODS for part in ("config", "overlay_config")}
 TINY = {
@@ -511,3 +514,40 @@ def test_demo_says_only_what_differs():
             assert stage["needs"] == ["train"]
             assert stage["args"]["config"] == f"configs/unlearning/{method}.yaml"
             assert stage["args"].keys() <= {"config", "trainer.default_root_dir", "data_wrapper.init_args.forget"}
+
+
+def test_multi_norm_recipe_runs_whole_and_then_only_reports(place, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "150")
+    recipe = read(MULTI_NORM)
+    for attack in recipe["variables"]["attacks"].values():
+        attack["init_args"]["steps"] = 1
+    for stage in recipe["stages"]:
+        if stage["command"] != "report":
+            stage["args"].update(TINY)
+        if stage["name"] == "rmc_second_round":
+            # on ten rows all points are as good, and the first of both curves is the same network
+            end = "model.init_args.network.init_args.end"
+            stage["args"][end] = stage["args"][end].replace("best", "best_3")
+    Path("multi_norm.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    shutil.copytree(CONFIGS, "configs")
+    curve = Path("configs", "adversarial", "robust_mode_connectivity.yaml")
+    curve.write_text(curve.read_text().replace("num_points: 11", "num_points: 3"))
+    main(["run", "multi_norm.yaml"])
+    count = len(recipe["stages"])
+    assert f"{count} of {count} stages ran" in capsys.readouterr().out
+
+    tests = [stage["name"] for stage in recipe["stages"] if stage["command"] == "test"]
+    records = {name: RobustnessRecord.read(Path("runs", "multi_norm", name)) for name in tests}
+    labels = [record.label for record in records.values()]
+    assert len(set(labels)) == len(labels)
+    assert {tuple(sorted(record.attacks)) for record in records.values()} == {("l1", "l2", "linf")}
+    assert {record.samples for record in records.values()} == {20}
+    page = Path("runs/multi_norm/report.html").read_text(encoding="utf-8")
+    assert all(label in page for label in labels)
+    # what the second round starts from are the best points of the first one
+    best = load_file("runs/multi_norm/rmc/best.safetensors")
+    second = torch.load("runs/multi_norm/rmc_second_round/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    assert torch.equal(second["network.network.classifier.weight"], best["network.classifier.weight"])
+
+    main(["run", "multi_norm.yaml"])
+    assert f"1 of {count} stages ran" in capsys.readouterr().out

@@ -59,12 +59,12 @@ class CurveEvaluation(HostCallback):
         every_n_epochs: In which epochs of a fit the validation evaluates the curve, beside the last one; in the others
             the last figures are logged again.
         bn_batches: At most so many batches of the training data to re-estimate BatchNorm's statistics; all if None.
-        export: File for the weights of the best point of the last validation, a safetensors file with the names that
-            the host has with the plain network: :class:`~lightning_trust.callbacks.LoadWeights`, the ends of another
-            :class:`~lightning_trust.nn.CurveNetwork` and :class:`~lightning_trust.nn.WeightEnsemble` take it.
+        export: File in ``folder`` for the weights of the best point of the last validation, a safetensors file with the
+            names that the host has with the plain network: :class:`~lightning_trust.callbacks.LoadWeights`, the ends of
+            another :class:`~lightning_trust.nn.CurveNetwork` and :class:`~lightning_trust.nn.WeightEnsemble` take it.
         top_k: How many of the best points are exported: the second beside ``best.safetensors`` as
             ``best_2.safetensors``, and so on.
-        folder: Where the tables are written; the Trainer's ``default_root_dir`` if None.
+        folder: Where tables and weights are written; the Trainer's ``default_root_dir`` if None.
         batch_spec: Where inputs and targets sit in a batch.
         network: Name of the host's network; found by itself if None.
         name: Tells two callbacks of this class apart.
@@ -219,7 +219,7 @@ class CurveEvaluation(HostCallback):
             }
             self._write(trainer, "validate", points)
             if self.export is not None and trainer.is_global_zero and not trainer.fast_dev_run:
-                self._export(pl_module, ranked, Path(self.export))
+                self._export(pl_module, ranked, self._folder(trainer) / self.export)
             self._close()
         pl_module.log_dict(self._last)
 
@@ -350,10 +350,13 @@ class CurveEvaluation(HostCallback):
             figures |= {f"trust/curve/{t:.4g}/{key}": value for key, value in point.items()}
         return figures
 
+    def _folder(self, trainer: Any) -> Path:
+        return Path(self.folder or trainer.default_root_dir)
+
     def _write(self, trainer: Any, stage: str, points: list[dict[str, float]]) -> None:
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return
-        path = Path(self.folder or trainer.default_root_dir) / f"curve_{stage}.json"
+        path = self._folder(trainer) / f"curve_{stage}.json"
         table = {
             "stage": stage,
             "samples": self._samples,
