@@ -9,20 +9,16 @@ makes a result of one seed from the run records in a folder. The format is writt
 from __future__ import annotations
 
 import argparse
-import datetime
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.stored import StoredResult, now
 from lightning_trust.catalog import METHODS, MethodEntry
-from lightning_trust.core.files import read_json, write_json
 from lightning_trust.core.records import METRICS, RunRecord, average_gap, metrics_gap
 from lightning_trust.report import collect
-
-KIND = "lightning_trust.result"
-VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -44,24 +40,11 @@ class ResultRow:
 
 
 @dataclass(frozen=True)
-class Result:
-    """One experiment: its runs over all seeds, and on what they ran."""
+class Result(StoredResult):
+    """One experiment of forgetting: its runs over all seeds, and on what they ran."""
 
-    method: str
-    experiment: str
-    config: str
-    hardware: dict[str, Any]
-    versions: dict[str, str]
-    created: str
-    seeds: Sequence[int]
-    rows: Sequence[ResultRow]
-
-    def __post_init__(self) -> None:
-        if not self.rows:
-            raise ValueError("Expected argument `rows` to hold at least one run, but got none.")
-        strange = sorted({row.seed for row in self.rows} ^ set(self.seeds))
-        if strange:
-            raise ValueError(f"Expected argument `seeds` to be those of the rows, but they differ in {strange}.")
+    kind = "lightning_trust.result"
+    row = ResultRow
 
     def summary(self) -> list[dict[str, Any]]:
         """A line a scenario and run: means over the seeds, in the order in which the runs came first."""
@@ -86,32 +69,16 @@ class Result:
             )
         return lines
 
-    def write(self, path: str | Path) -> Path:
-        """Write the result, aside and renamed."""
-        written: Path = write_json(path, KIND, VERSION, {**asdict(self), "summary": self.summary()})
-        return written
+    def content(self) -> dict[str, Any]:
+        """What a file holds, the summary included."""
+        return {**super().content(), "summary": self.summary()}
 
-    @classmethod
-    def read(cls, path: str | Path) -> Result:
-        """Read a result.
-
-        Raises:
-            ValueError: If the file is damaged, lacks a field, or its summary is not that of its rows.
-
-        """
-        data = read_json(path, KIND, VERSION)
-        names = [field.name for field in fields(cls)]
-        missing = [name for name in [*names, "summary"] if name not in data]
-        if missing:
-            raise ValueError(f"Expected {path} to hold a result, but it lacks {missing}.")
-        try:
-            rows = [ResultRow(**row) for row in data["rows"]]
-        except TypeError as error:
-            raise ValueError(f"Expected the rows of {path} to have the fields of a result, but: {error}.") from error
-        result = cls(**{**{name: data[name] for name in names}, "rows": rows})
-        if result.summary() != data["summary"]:
+    def check(self, path: str | Path, data: Mapping[str, Any]) -> None:
+        """Refuse a file whose summary is not that of its rows."""
+        if "summary" not in data:
+            raise ValueError(f"Expected {path} to hold a result, but it lacks ['summary'].")
+        if self.summary() != data["summary"]:
             raise ValueError(f"Expected the summary of {path} to be that of its rows, but it is not.")
-        return result
 
 
 def write_results(
@@ -153,7 +120,7 @@ def write_results(
                 config=entry.config,
                 hardware=dict(one.hardware),
                 versions=dict(one.versions),
-                created=_now(),
+                created=now(),
                 seeds=list(records),
                 rows=[row for row in rows if _belongs(row, entry)],
             )
@@ -194,10 +161,6 @@ def _seed_rows(runs: Mapping[str, RunRecord], labels: Mapping[str, str], seed: i
     return rows
 
 
-def _now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-
-
 def result_of_runs(folder: str | Path, method: str, experiment: str, config: str) -> Result:
     """A result of one seed from the run records in a folder, such as that of ``make demo``.
 
@@ -225,7 +188,7 @@ def result_of_runs(folder: str | Path, method: str, experiment: str, config: str
         config=config,
         hardware=dict(reference.hardware),
         versions=dict(reference.versions),
-        created=_now(),
+        created=now(),
         seeds=[seed],
         rows=rows,
     )

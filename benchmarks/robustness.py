@@ -21,7 +21,8 @@ from typing import Any
 import lightning.pytorch as pl
 import yaml
 
-from benchmarks.robustness_results import RobustnessResult, RobustnessRow, now
+from benchmarks.robustness_results import RobustnessResult, RobustnessRow
+from benchmarks.stored import now
 from lightning_trust.catalog import METHODS
 from lightning_trust.cli import main as command_line
 from lightning_trust.core.robustness_record import RobustnessRecord

@@ -5,17 +5,11 @@ The format is written down in benchmarks/README.md.
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
-from lightning_trust.core.files import read_json, write_json
+from benchmarks.stored import StoredResult
 from lightning_trust.core.robustness_record import RobustnessRecord
-
-KIND = "lightning_trust.robustness_result"
-VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -50,50 +44,8 @@ class RobustnessRow:
 
 
 @dataclass(frozen=True)
-class RobustnessResult:
-    """One experiment: its networks, and on what they ran."""
+class RobustnessResult(StoredResult):
+    """One experiment of robustness: its networks, and on what they ran."""
 
-    method: str
-    experiment: str
-    config: str
-    hardware: Mapping[str, Any]
-    versions: Mapping[str, str]
-    created: str
-    seeds: Sequence[int]
-    rows: Sequence[RobustnessRow]
-
-    def __post_init__(self) -> None:
-        if not self.rows:
-            raise ValueError("Expected argument `rows` to hold at least one run, but got none.")
-        strange = sorted({row.seed for row in self.rows} ^ set(self.seeds))
-        if strange:
-            raise ValueError(f"Expected argument `seeds` to be those of the rows, but they differ in {strange}.")
-
-    def write(self, path: str | Path) -> Path:
-        """Write the result, aside and renamed."""
-        written: Path = write_json(path, KIND, VERSION, asdict(self))
-        return written
-
-    @classmethod
-    def read(cls, path: str | Path) -> RobustnessResult:
-        """Read a result.
-
-        Raises:
-            ValueError: If the file is damaged or lacks a field.
-
-        """
-        data = read_json(path, KIND, VERSION)
-        names = [field.name for field in fields(cls)]
-        missing = [name for name in names if name not in data]
-        if missing:
-            raise ValueError(f"Expected {path} to hold a result, but it lacks {missing}.")
-        try:
-            rows = [RobustnessRow(**row) for row in data["rows"]]
-        except TypeError as error:
-            raise ValueError(f"Expected the rows of {path} to have the fields of a result, but: {error}.") from error
-        return cls(**{**{name: data[name] for name in names}, "rows": rows})
-
-
-def now() -> str:
-    """ISO 8601 time."""
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    kind = "lightning_trust.robustness_result"
+    row = RobustnessRow

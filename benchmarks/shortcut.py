@@ -19,7 +19,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from benchmarks.robustness_results import now
+from benchmarks.stored import now
 from benchmarks.table_results import Column, TableResult, TableRow
 from lightning_trust.attacks import PGD
 from lightning_trust.callbacks import OODEvaluation, SaliencyGuidedAdversarialTraining

@@ -23,7 +23,6 @@ import lightning_trust.nn
 import lightning_trust.optim
 from benchmarks.results import Result
 from benchmarks.robustness_results import RobustnessResult, RobustnessRow
-from benchmarks.table_results import KIND as TABLE_KIND
 from benchmarks.table_results import Column, TableResult
 from lightning_trust.catalog import METHODS, MethodEntry, method
 from lightning_trust.core.files import read_json
@@ -120,7 +119,7 @@ def _result_of(entry: MethodEntry) -> str:
     path = ROOT / entry.results
     if _forgets(entry):
         return _result(path)
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["kind"] == TABLE_KIND:
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["kind"] == TableResult.kind:
         return _figures(path)
     return _robustness(path)
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lightning_trust.optim.layers import check_dense, check_range, norms, scaled_by, with_gradient
+from lightning_trust.optim.layers import LayerwiseOptimizer, check_range, norms, scaled_by
 
 
 # timm.optim.Lamb is no match: its `trust_clip` bounds the ratio by 1 and nothing bounds the norm of the weights, so
 # that layers of a norm above 10 move further; it adapts whatever has weight decay, so that there is no `adam=True`;
 # and without `max_grad_norm` it takes sparse gradients. Where neither matters they agree (tests/optim/test_lamb.py).
-class LAMB(Optimizer):
+class LAMB(LayerwiseOptimizer):
     r"""Large-batch optimizer: the step of Adam, scaled for each layer to the norm of its weights.
 
     For each parameter tensor :math:`\theta` with gradient :math:`g`
@@ -91,28 +89,6 @@ class LAMB(Optimizer):
             "bias_correction": bias_correction,
         }
         super().__init__(params, defaults)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Move the weights.
-
-        Args:
-            closure: Evaluates the loss and its gradient.
-
-        Returns:
-            What the closure returned.
-
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        check_dense(self)
-        for group in self.param_groups:
-            parameters = with_gradient(group)
-            if parameters:
-                self._move(group, parameters)
-        return loss
 
     def _move(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         for parameter in parameters:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lightning_trust.optim.layers import check_dense, check_range, norms, scaled_by, with_gradient
+from lightning_trust.optim.layers import LayerwiseOptimizer, check_range, norms, scaled_by
 
 
 # timm.optim.Lars has the same arithmetic, and is what this one is tested against; but it decides for a whole parameter
 # group whether to adapt, so that `exclude_1d` would have to split the groups that the user made, and it takes sparse
 # gradients.
-class LARS(Optimizer):
+class LARS(LayerwiseOptimizer):
     r"""Large-batch optimizer: SGD with momentum, where the gradient of each layer is scaled to the norm of its weights.
 
     For each parameter tensor :math:`\theta` with gradient :math:`g`
@@ -80,28 +78,6 @@ class LARS(Optimizer):
             "eps": eps,
         }
         super().__init__(params, defaults)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Move the weights.
-
-        Args:
-            closure: Evaluates the loss and its gradient.
-
-        Returns:
-            What the closure returned.
-
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        check_dense(self)
-        for group in self.param_groups:
-            parameters = with_gradient(group)
-            if parameters:
-                self._move(group, parameters)
-        return loss
 
     def _move(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         plain = [parameter for parameter in parameters if group["exclude_1d"] and parameter.ndim <= 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,9 +39,33 @@ def check_dense(optimizer: Optimizer) -> None:
                 )
 
 
-def with_gradient(group: dict[str, Any]) -> list[Tensor]:
-    """The parameters of a group that have a gradient."""
-    return [parameter for parameter in group["params"] if parameter.grad is not None]
+class LayerwiseOptimizer(Optimizer):
+    """Base of optimizers with a learning rate per layer; a subclass moves the parameters of a group that have one."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Move the weights.
+
+        Args:
+            closure: Evaluates the loss and its gradient.
+
+        Returns:
+            What the closure returned.
+
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        check_dense(self)
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if parameters:
+                self._move(group, parameters)
+        return loss
+
+    def _move(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        raise NotImplementedError
 
 
 def norms(tensors: list[Tensor]) -> Tensor:

@@ -51,7 +51,7 @@ def test_table_has_means_over_seeds(result, tmp_path):
 
 
 def test_what_is_no_result_is_refused(result, tmp_path):
-    with pytest.raises(ValueError, match="to hold something"):
+    with pytest.raises(ValueError, match="to hold at least one run"):
         replace(result, rows=[])
     with pytest.raises(ValueError, match=r"those of the rows, but they differ in \[3\]"):
         replace(result, seeds=[1, 2, 3])
