@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from benchmarks.robust_mode_connectivity import SMOKE, rows
+from benchmarks.robust_mode_connectivity import COLUMNS, EPS, NAMES, SMOKE, rows
 from lightning_trust.callbacks import CurveEvaluation, LoadWeights
 from lightning_trust.cli import main
 from lightning_trust.modules import ImageClassifier
@@ -76,9 +76,10 @@ def test_second_end_is_the_first_one_tuned(ends):
 def test_benchmark_gives_its_rows(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     found = list(rows((1,), SMOKE))
-    assert [row["run"] for row in found] == [
-        *("at_linf", "at_l1", "ends_ensemble", "straight", "clean_curve", "rmc", "ermc", "srmc", "msd")
-    ]
+    assert [row.run for row in found] == list(NAMES.values())
     for row in found:
-        assert 0.0 <= row["union"] <= min(row["linf"], row["l2"], row["l1"]) <= row["clean"] <= 1.0
-        assert row["seconds"] > 0.0
+        values = row.values
+        assert values.keys() == COLUMNS.keys()
+        assert 0.0 <= values["union"] <= min(values[norm] for norm in EPS) <= values["clean"] <= 1.0
+        assert values["mean"] == pytest.approx(sum(values[norm] for norm in EPS) / 3)
+        assert values["seconds"] > 0.0
