@@ -154,10 +154,12 @@ def _examples(name: str, run: RobustRun) -> list[str]:
         count = min(_SHOWN, len(adversarial))
         words = ", ".join(f"{true} as {found}" for true, found in zip(targets[:count], predicted[:count], strict=True))
         image = _strip(clean[:count], adversarial[:count])
+        same = (clean[:count] == adversarial[:count]).flatten(1).all(dim=1)
+        held = " Where nothing was added, the attack found nothing." if bool(same.any()) else ""
         parts.append(
             f"<figure><figcaption>{escape(attack)}: inputs, adversarial inputs, and what was added (grey is nothing,"
-            f' scaled to its largest). True class and prediction: {escape(words)}.</figcaption><div class="scroll"><img'
-            f' alt="{escape(attack)} on {escape(name)}" src="data:image/png;base64,{image}"'
+            f" scaled to its largest). True class and prediction: {escape(words)}.{held}</figcaption>"
+            f'<div class="scroll"><img alt="{escape(attack)} on {escape(name)}" src="data:image/png;base64,{image}"'
             f' style="image-rendering: pixelated; width: {72 * count}px"></div></figure>'
         )
     return parts

@@ -44,6 +44,8 @@ def write(folder: Path, label: str, union: float, seed: int = 1, examples: bool 
             "targets": torch.tensor([1, 2, 3]),
             "adversarial/pgd": (clean + 0.1).clamp(0, 1),
             "predicted/pgd": torch.tensor([0, 2, 5]),
+            "adversarial/autoattack": torch.cat([(clean[:1] + 0.1).clamp(0, 1), clean[1:]]),
+            "predicted/autoattack": torch.tensor([0, 2, 3]),
         }
         write_tensors(folder / EXAMPLES_NAME, EXAMPLES_KIND, 1, tensors)
     return record
@@ -69,7 +71,8 @@ def test_command_prints_and_writes(runs, capsys):
     assert "TRADES <b>" not in page
     assert "<td>60.0 <small>53.1 to 66.5</small></td>" in page
     assert page.count("data:image/png;base64,") == 1
-    assert "1 as 0, 2 as 2, 3 as 5" in page
+    assert "1 as 0, 2 as 2, 3 as 5.</figcaption>" in page
+    assert "1 as 0, 2 as 2, 3 as 3. Where nothing was added, the attack found nothing.</figcaption>" in page
     assert 'aria-label="Accuracy against the radius of the attack"' in page
     assert "| TRADES <b> | 90.0 | 65.0 | 60.0 | 53.1 to 66.5 | 200 |" in Path("table.md").read_text()
 
