@@ -70,7 +70,7 @@ def test_command_prints_and_writes(runs, capsys):
     assert "TRADES &lt;b&gt; holds 60.0 % of its samples" in page
     assert "TRADES <b>" not in page
     assert "<td>60.0 <small>53.1 to 66.5</small></td>" in page
-    assert page.count("data:image/png;base64,") == 1
+    assert page.count("data:image/png;base64,") == 2
     assert "1 as 0, 2 as 2, 3 as 5.</figcaption>" in page
     assert "1 as 0, 2 as 2, 3 as 3. Where nothing was added, the attack found nothing.</figcaption>" in page
     assert 'aria-label="Accuracy against the radius of the attack"' in page
