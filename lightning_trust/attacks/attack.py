@@ -13,14 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# with `as`: also to be had from here
-from lightning_trust.attacks.preparation import Model as Model
-from lightning_trust.attacks.preparation import attack_mode as attack_mode
-from lightning_trust.attacks.preparation import check_counts
-from lightning_trust.attacks.preparation import check_logits as check_logits
-from lightning_trust.attacks.preparation import check_radius as check_radius
-from lightning_trust.attacks.preparation import owner_of as owner_of
-from lightning_trust.attacks.preparation import prepared as prepared
+from lightning_trust.attacks.preparation import (
+    Model,
+    check_counts,
+    check_logits,
+    check_radius,
+    prepared,
+)
 from lightning_trust.core.randomness import SampleDraws
 from lightning_trust.core.space import InputSpace
 from lightning_trust.functional.adversarial.losses import (

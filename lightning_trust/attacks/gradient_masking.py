@@ -8,8 +8,8 @@ from typing import Literal
 from torch import Tensor
 
 from lightning_trust.attacks.apgd import APGD
-from lightning_trust.attacks.attack import Attack, Model, Problem
-from lightning_trust.attacks.preparation import check_positive
+from lightning_trust.attacks.attack import Attack, Problem
+from lightning_trust.attacks.preparation import Model, check_positive
 from lightning_trust.attacks.square import Square
 from lightning_trust.core.randomness import SampleDraws
 from lightning_trust.core.space import InputSpace

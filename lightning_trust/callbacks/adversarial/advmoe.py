@@ -13,7 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_trust.attacks import PGD, Attack
-from lightning_trust.attacks.attack import attack_mode
+from lightning_trust.attacks.preparation import attack_mode
 from lightning_trust.callbacks.adversarial.adversarial_training import AdversarialTraining
 from lightning_trust.callbacks.adversarial.objectives import TRADES, AdversarialStep, at_least_zero
 from lightning_trust.core.auxiliary import AuxiliaryOptimizer

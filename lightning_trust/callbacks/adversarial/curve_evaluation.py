@@ -13,7 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_trust.attacks import Attack
-from lightning_trust.attacks.attack import check_logits
+from lightning_trust.attacks.preparation import check_logits
 from lightning_trust.callbacks.adversarial.adversarial_training import input_space
 from lightning_trust.callbacks.adversarial.curve_points import check_statistics, point_of, statistics_of
 from lightning_trust.callbacks.adversarial.robust_mode_connectivity import curve_of

@@ -8,7 +8,8 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_trust.attacks.attack import UNIT_BOX, check_radius
+from lightning_trust.attacks.attack import UNIT_BOX
+from lightning_trust.attacks.preparation import check_radius
 from lightning_trust.callbacks.adversarial.adversarial_training import data_space
 from lightning_trust.core.batch import BatchSpec
 from lightning_trust.core.distributed import gather_rows, rank, world_size

@@ -12,7 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_trust.attacks import FGSM, PGD, Attack, FastFGSM
-from lightning_trust.attacks.attack import attack_mode, prepared
+from lightning_trust.attacks.preparation import attack_mode, prepared
 from lightning_trust.core.modes import untouched_batchnorm
 from lightning_trust.core.randomness import SampleDraws
 from lightning_trust.core.space import InputSpace

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import DistributedSampler, SequentialSampler
 
 from lightning_trust.attacks import Attack
-from lightning_trust.attacks.attack import check_logits
 from lightning_trust.attacks.planted_weakness import find_planted_weakness
+from lightning_trust.attacks.preparation import check_logits
 from lightning_trust.callbacks.adversarial.adversarial_training import AdversarialTraining, input_space
 from lightning_trust.core.batch import BatchSpec
 from lightning_trust.core.distributed import from_first_rank, rank, world_size

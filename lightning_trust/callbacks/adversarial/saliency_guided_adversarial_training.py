@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_trust.attacks import FGSM, PGD, Attack
-from lightning_trust.attacks.attack import prepared
+from lightning_trust.attacks.preparation import prepared
 from lightning_trust.callbacks.adversarial.adversarial_training import AdversarialTraining
 from lightning_trust.callbacks.adversarial.objectives import AdversarialStep, Objective, at_least_zero
 from lightning_trust.core.batch import BatchSpec

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_trust.attacks import PGD
-from lightning_trust.attacks.attack import prepared
+from lightning_trust.attacks.preparation import prepared
 from lightning_trust.callbacks import AdversarialTraining, SaliencyGuidedAdversarialTraining
 from lightning_trust.core.randomness import SampleDraws
 from lightning_trust.functional.adversarial import bernoulli_kl, masked_inputs, saliency_map

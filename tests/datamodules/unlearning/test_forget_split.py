@@ -599,7 +599,8 @@ def test_training_data_that_cannot_be_split():
         def test_dataloader(self):
             return [super().test_dataloader()]
 
-    with pytest.raises(MisconfigurationException, match=r"`NumberedData\.train_dataloader` gave a DataLoader over an IterableDataset"):
+    words = r"`NumberedData\.train_dataloader` gave a DataLoader over an IterableDataset"
+    with pytest.raises(MisconfigurationException, match=words):
         split_of(data=NumberedData(Stream(), shuffle=False))
     with pytest.raises(MisconfigurationException, match=r"`Several\.train_dataloader` gave list\.$"):
         split_of(data=Several())
