@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning_trust.attacks
 import lightning_trust.callbacks
 import lightning_trust.datamodules
 import lightning_trust.nn
@@ -32,7 +33,13 @@ from lightning_trust.report.table import percent, seconds
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 #: whose classes have tables of arguments
-ROOMS = (lightning_trust.callbacks, lightning_trust.datamodules, lightning_trust.nn, lightning_trust.optim)
+ROOMS = (
+    lightning_trust.attacks,
+    lightning_trust.callbacks,
+    lightning_trust.datamodules,
+    lightning_trust.nn,
+    lightning_trust.optim,
+)
 NOT_YET = "Not measured yet."
 NOTE = (
     "UA, RA, TA and MIA in percent: unlearning accuracy (share of the forgotten rows that the model gets wrong),"
