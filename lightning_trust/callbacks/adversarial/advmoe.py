@@ -51,7 +51,9 @@ class AdvMoE(AdversarialTraining):
 
     Logs ``trust/expert_share/<e>``, the share of images that go to an expert, and ``trust/router_agreement``, the share
     whose expert the attack does not change. With ``"trades"`` nothing keeps the router from sending all images to one
-    expert: watch the shares, and set ``balance_weight`` where that happens.
+    expert: the straight-through gradient does not fade where one score leads, so that scores run apart. Watch the
+    shares, and take ``"class_mod"`` where that happens, or a ``balance_weight`` with a ``router_lr`` of about 0.01:
+    once scores are far apart, the balance, which looks at their softmax, has no hold on them.
 
     Paper: Robust Mixture-of-Expert Training for Convolutional Neural Networks (ICCV 2023). ``"trades"`` is the paper's
     formulation, ``"class_mod"`` what its public code does.
