@@ -132,6 +132,15 @@ class InputSpace:
         if smallest < self.low - tolerance or largest > self.high + tolerance:
             raise ValueError(
                 f"Expected `{name}` to lie in [{self.low}, {self.high}] in raw units, but got values in"
-                f" [{smallest:.4g}, {largest:.4g}]. Are the data normalised? Then state"
-                " `InputSpace(low, high, mean, std)` as the `input_space` of the data module."
+                f" [{smallest:.4g}, {largest:.4g}]. {_hint(smallest, largest)}"
             )
+
+
+def _hint(smallest: float, largest: float) -> str:
+    """What the user may have to say, from the range of the values."""
+    if smallest >= 0.0 and 2.0 < largest <= 255.0:
+        return (
+            "Are they bytes? Divide them by 255, or state `InputSpace(low=0.0, high=255.0)` as the `input_space` of the"
+            " data module."
+        )
+    return "Are the data normalised? Then state `InputSpace(low, high, mean, std)` as the `input_space` of the data module."
