@@ -134,7 +134,7 @@ def network(run: Run) -> nn.Module:
 def measured(
     run: Run,
     seed: int,
-    rows: int = 10000,
+    rows: int = 8000,
     epochs: int = 4,
     test_rows: int = 1000,
     steps: int = 2,
@@ -213,7 +213,7 @@ def main() -> None:
     """Run and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--rows", type=int, default=10000)
+    parser.add_argument("--rows", type=int, default=8000)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--test-rows", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=2, help=f"of size {STEP_SIZE}, of the attack in training")
