@@ -139,8 +139,7 @@ class InputSpace:
 def _hint(smallest: float, largest: float) -> str:
     """What the user may have to say, from the range of the values."""
     if smallest >= 0.0 and 2.0 < largest <= 255.0:
-        return (
-            "Are they bytes? Divide them by 255, or state `InputSpace(low=0.0, high=255.0)` as the `input_space` of the"
-            " data module."
-        )
-    return "Are the data normalised? Then state `InputSpace(low, high, mean, std)` as the `input_space` of the data module."
+        words, space = "Are they bytes? Divide them by 255, or", "InputSpace(low=0.0, high=255.0)"
+    else:
+        words, space = "Are the data normalised? Then", "InputSpace(low, high, mean, std)"
+    return f"{words} state `{space}` as the `input_space` of the data module."

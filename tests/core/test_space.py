@@ -67,9 +67,7 @@ def test_check():
         space.check(x + 3.0, "images")
     with pytest.raises(ValueError, match=r"Are the data normalised\? Then state `InputSpace"):
         InputSpace().check(x)
-    with pytest.raises(
-        ValueError, match=r"Are they bytes\? Divide them by 255, or state `InputSpace\(low=0.0, high=255.0\)"
-    ):
+    with pytest.raises(ValueError, match=r"Are they bytes\? Divide them by 255, or state `InputSpace\(low=0.0"):
         InputSpace().check(torch.linspace(0.0, 255.0, 5))
     with pytest.raises(ValueError, match="to be finite"):
         space.check(x.index_put((torch.tensor(0), torch.tensor(0)), torch.tensor(float("nan"))))
