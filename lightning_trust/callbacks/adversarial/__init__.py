@@ -22,6 +22,7 @@ from lightning_trust.callbacks.adversarial.robust_mode_connectivity import Robus
 from lightning_trust.callbacks.adversarial.saliency_guided_adversarial_training import (
     SaliencyGuidedAdversarialTraining,
 )
+from lightning_trust.callbacks.adversarial.several_norms import AverageOf, ExtremeNormTraining
 
 __all__ = [
     "AWP",
@@ -29,8 +30,10 @@ __all__ = [
     "TRADES",
     "AdvMoE",
     "AdversarialTraining",
+    "AverageOf",
     "CleanAndAdversarial",
     "CurveEvaluation",
+    "ExtremeNormTraining",
     "FastAT",
     "FastBAT",
     "FreeAdversarialTraining",
