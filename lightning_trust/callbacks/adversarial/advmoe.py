@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_trust.attacks import PGD, Attack
@@ -30,6 +31,8 @@ from lightning_trust.functional.adversarial.trades import trades_kl
 from lightning_trust.nn.adversarial.moe import MoENetwork
 
 RouterObjective = Literal["trades", "class_mod"]
+#: share of the images at one expert from which on there is no mixture
+_ALL = 0.99
 
 
 class AdvMoE(AdversarialTraining):
@@ -83,6 +86,9 @@ class AdvMoE(AdversarialTraining):
         MisconfigurationException: If the network is no :class:`~lightning_trust.nn.MoENetwork`.
         RuntimeError: If an attack gives values that are not finite (at the end of the epoch).
 
+    Warns:
+        UserWarning: Once, at the end of an epoch in which one expert got all images.
+
     Example:
         >>> callback = AdvMoE(eps=0.1, step_size=0.05, router_objective="class_mod")
         >>> callback.attack.steps, callback.objective.beta, callback.alpha
@@ -130,6 +136,9 @@ class AdvMoE(AdversarialTraining):
         self._targets: Tensor | None = None
         self._key = 0
         self._steps = 0
+        self._shares: Tensor | None = None
+        self._router_steps = 0
+        self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
         # it holds the host's parameters, and is made anew in every fit
@@ -139,6 +148,7 @@ class AdvMoE(AdversarialTraining):
     def attach(self, trainer: Any, host: Any, attachment: Attachment) -> None:
         """Keep the router from the host's optimizer and from DDP."""
         self._router, self._targets = None, None
+        self._shares, self._router_steps, self._warned = None, 0, False
         attachment.when_built(self, host, BuildPhase.WRAP, partial(self._hold_router, attachment))
 
     def _hold_router(self, attachment: Attachment, host: nn.Module) -> None:
@@ -192,6 +202,21 @@ class AdvMoE(AdversarialTraining):
         self._targets = None
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Say so where one expert gets all."""
+        super().on_train_epoch_end(trainer, pl_module)
+        total, steps, self._shares, self._router_steps = self._shares, self._router_steps, None, 0
+        if total is None or self._warned:
+            return
+        shares = (mean_over_ranks(total) / steps).tolist()
+        if max(shares) >= _ALL:
+            self._warned = True
+            rank_zero_warn(
+                f"In epoch {trainer.current_epoch} the router of AdvMoE sent {100 * max(shares):.1f} % of the images to"
+                f" expert {shares.index(max(shares))}: the others learn nothing, and the network is as good as its one"
+                " pathway. Take router_objective='class_mod', or a lower `router_lr` with `balance_weight` above 0."
+            )
+
     # -- the router's step ---------------------------------------------------------------------------------------------
     def _router_step(self, trainer: Any, host: Any, router: AuxiliaryOptimizer) -> None:
         moe, inputs, targets = self._moe(host), self._clean, self._targets
@@ -244,7 +269,10 @@ class AdvMoE(AdversarialTraining):
 
     def _log_routing(self, host: Any, scores: Tensor, moved: Tensor) -> None:
         agreement = (scores.argmax(dim=1) == moved.argmax(dim=1)).float().mean()
-        values = {f"trust/expert_share/{expert}": share for expert, share in enumerate(expert_shares(scores))}
+        shares = expert_shares(scores).detach()
+        self._shares = shares if self._shares is None else self._shares + shares
+        self._router_steps += 1
+        values = {f"trust/expert_share/{expert}": share for expert, share in enumerate(shares)}
         host.log_dict(
             {**values, "trust/router_agreement": agreement},
             on_step=False,

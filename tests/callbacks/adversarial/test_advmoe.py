@@ -234,6 +234,21 @@ def test_router_of_two_mixtures_learns_which_expert_is_whose():
     assert float(trainer.callback_metrics["trust/router_agreement"]) > 0.95
 
 
+def test_experts_without_images_are_told_once(recwarn):
+    host = Images()
+    # scores that no step of the router can bring near each other
+    with torch.no_grad():
+        host.net.router.scores.bias.copy_(torch.tensor([-1e6, 1e6]))
+    fit(host, AdvMoE(eps=0.05, router_lr=1e-6), epochs=3)
+    said = [str(each.message) for each in recwarn if "sent 100.0 % of the images to expert 1" in str(each.message)]
+    assert len(said) == 1
+    assert said[0].startswith("In epoch 0 the router of AdvMoE")
+    recwarn.clear()
+    # both experts at work
+    fit(Images(), AdvMoE(eps=0.05, router_objective="class_mod", router_lr=0.02), epochs=2, batches=8, rows=64)
+    assert not [each for each in recwarn if "of the images to expert" in str(each.message)]
+
+
 def test_schedule_scales_the_learning_rate():
     callback = AdvMoE(eps=0.05, router_lr=0.2, router_schedule=Steps([1.0, 0.1], milestones=[1]))
     fit(Images(), callback, epochs=2)
