@@ -10,14 +10,17 @@ import torch
 import yaml
 
 from benchmarks.robust_mode_connectivity import COLUMNS, EPS, NAMES, SMOKE, rows
-from lightning_trust.callbacks import CurveEvaluation, LoadWeights
+from lightning_trust.callbacks import CurveEvaluation
 from lightning_trust.cli import main
 from lightning_trust.modules import ImageClassifier
 from lightning_trust.nn import CurveNetwork
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "adversarial" / "robust_mode_connectivity.md"
-CURVE, TUNING = re.findall(r"^```yaml\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+OVERLAY, CURVE, TUNING, VOTE = re.findall(
+    r"^```yaml\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+)
+BASE = ROOT / "configs" / "fashion_mnist.yaml"
 FLAGS = [
     "--trainer.accelerator=cpu",
     "--trainer.max_epochs=1",
@@ -43,31 +46,35 @@ def ends(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("error:The optimizer decays the bends")
 def test_curve_is_trained_measured_and_exported(ends):
-    content = yaml.safe_load(CURVE)
-    evaluation = content["trainer"]["callbacks"][2]["init_args"]
-    assert content["trainer"]["callbacks"][2]["class_path"] == CurveEvaluation.__name__
-    evaluation["num_points"] = 3
-    for attack in evaluation["attacks"].values():
+    Path("curve.yaml").write_text(CURVE)
+    overlay = yaml.safe_load(OVERLAY)
+    evaluation = overlay["trainer"]["callbacks+"][2]
+    assert evaluation["class_path"] == CurveEvaluation.__name__
+    evaluation["init_args"].update(num_points=3, export="best.safetensors", top_k=3)
+    for attack in evaluation["init_args"]["attacks"].values():
         attack["init_args"]["steps"] = 2
-    Path("curve.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-    cli = main(["fit", "--config=curve.yaml", *FLAGS])
+    Path("overlay.yaml").write_text(yaml.safe_dump(overlay, sort_keys=False))
+    configs = [f"--config={path}" for path in (BASE, "curve.yaml", "overlay.yaml")]
+    cli = main(["fit", *configs, *FLAGS, "--trainer.default_root_dir=runs/curve"])
     assert isinstance(cli.model.network, CurveNetwork)
     start = torch.load("runs/at_linf/checkpoints/last.ckpt", weights_only=True)["state_dict"]
     trained = cli.model.state_dict()
     assert torch.equal(trained["network.network.classifier.weight"], start["network.classifier.weight"])
     assert cli.trainer.global_step == 1
     assert Path("runs/curve/curve_validate.json").is_file()
-    plain = ImageClassifier()
-    loader = LoadWeights("runs/curve/best.safetensors")
-    loader._load(plain)
     best = cli.model.network.weights_at(next(c for c in cli.trainer.callbacks if isinstance(c, CurveEvaluation)).best_t)
-    assert torch.equal(plain.network.classifier.weight, best["classifier.weight"])
+
+    # a vote of the exported points, tested as it is
+    Path("vote.yaml").write_text(VOTE)
+    voted = main(["test", f"--config={BASE}", "--config=vote.yaml", *FLAGS])
+    networks = voted.model.network.networks
+    assert len(networks) == 3
+    assert torch.equal(networks[0].classifier.weight, best["classifier.weight"])
 
 
 def test_second_end_is_the_first_one_tuned(ends):
-    base = ROOT / "configs" / "fashion_mnist.yaml"
     Path("tuning.yaml").write_text(TUNING)
-    cli = main(["fit", f"--config={base}", "--config=tuning.yaml", *FLAGS])
+    cli = main(["fit", f"--config={BASE}", "--config=tuning.yaml", *FLAGS])
     names = {type(callback).__name__ for callback in cli.trainer.callbacks}
     assert names >= {"LoadWeights", "AdversarialTraining"}
     assert cli.trainer.global_step == 1
