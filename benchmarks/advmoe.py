@@ -28,13 +28,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.stored import now
 from benchmarks.table_results import Column, TableResult, TableRow
 from benchmarks.timing import medians
-from lightning_trust.attacks import PGD
+from lightning_trust.attacks import PGD, RoutedPGD
 from lightning_trust.callbacks import AdversarialTraining, AdvMoE
 from lightning_trust.core.modes import eval_mode
 from lightning_trust.core.records import hardware, versions
@@ -163,7 +162,8 @@ def measured(
 def tested(net: nn.Module, data: FashionMNIST) -> dict[str, float]:
     """Accuracies on the test rows, and how the experts are used: a network without any is one expert."""
     data.setup("test")
-    attack, utilisation, robustness = PGD(eps=EPS, steps=20), ExpertUtilisation(2, 10), RouterRobustness()
+    attack, routed = PGD(eps=EPS, steps=20), RoutedPGD(eps=EPS, steps=20)
+    utilisation, robustness = ExpertUtilisation(2, 10), RouterRobustness()
     clean, pathway, both = [], [], []
     with eval_mode(net), torch.no_grad():
         for x, y in data.test_dataloader():
@@ -175,31 +175,12 @@ def tested(net: nn.Module, data: FashionMNIST) -> dict[str, float]:
                 decision = scores.argmax(dim=1)
                 utilisation.update(scores, y)
                 robustness.update(scores, net.route(attack(net.route, x, decision)))
-                goals = torch.cat([F.one_hot(y, 10), F.one_hot(decision, net.num_experts)], dim=1).float()
-                joint = attack.replaced(loss=_joint_cross_entropy)(_Joint(net), x, goals)
-                both[-1] = pathway[-1] & (net(joint).argmax(dim=1) == y)
+                both[-1] = pathway[-1] & (net(routed(net, x, y)).argmax(dim=1) == y)
     parts = {"robust": both, "pathway": pathway, "clean": clean}
     shares = {name: torch.cat(found).float().mean().item() for name, found in parts.items()}
     if not isinstance(net, MoENetwork):
         return {**shares, "share": 1.0, "routing": 1.0}
     return {**shares, "share": float(utilisation.compute()["share"].max()), "routing": float(robustness.compute())}
-
-
-class _Joint(nn.Module):
-    """Logits and scores of the experts side by side."""
-
-    def __init__(self, net: MoENetwork) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat(self.net.forward_with_scores(x), dim=1)
-
-
-def _joint_cross_entropy(outputs: Tensor, goals: Tensor) -> Tensor:
-    """Cross-entropy of the classes plus that of the decisions, one value a sample."""
-    logs = torch.cat([outputs[:, :10].log_softmax(dim=1), outputs[:, 10:].log_softmax(dim=1)], dim=1)
-    return -(goals * logs).sum(dim=1)
 
 
 def row(name: str, seed: int, costs: Mapping[str, Mapping[str, float]], **settings: int) -> TableRow:

@@ -12,6 +12,7 @@ from lightning_trust.attacks.gradient_masking import GradientMaskingWarning, che
 from lightning_trust.attacks.msd import MSD
 from lightning_trust.attacks.pgd import MIFGSM, PGD
 from lightning_trust.attacks.planted_weakness import PlantedWeakness, SelfTest, find_planted_weakness
+from lightning_trust.attacks.routed import RoutedPGD
 from lightning_trust.attacks.search import SearchAttack
 from lightning_trust.attacks.simba import SimBA
 from lightning_trust.attacks.square import Square
@@ -38,6 +39,7 @@ __all__ = [
     "GradientMaskingWarning",
     "PlantedWeakness",
     "Problem",
+    "RoutedPGD",
     "SearchAttack",
     "SelfTest",
     "SimBA",

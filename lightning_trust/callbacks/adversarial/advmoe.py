@@ -28,7 +28,7 @@ from lightning_trust.core.step import Attachment, BuildPhase, StepContext
 from lightning_trust.functional.adversarial.losses import kl_divergence
 from lightning_trust.functional.adversarial.router_losses import balance_loss, class_mod_router_loss, expert_shares
 from lightning_trust.functional.adversarial.trades import trades_kl
-from lightning_trust.nn.adversarial.moe import MoENetwork
+from lightning_trust.nn.adversarial.moe import JointOutputs, MoENetwork
 
 RouterObjective = Literal["trades", "class_mod"]
 #: share of the images at one expert from which on there is no mixture
@@ -314,8 +314,8 @@ class _JointTRADES(TRADES):
         watch: list[Tensor],
     ) -> Tensor:
         """Inputs that move predictions and routing at once."""
-        joint = _JointOutputs(network)
-        experts: int = joint.network.num_experts
+        moe: Any = network
+        joint, experts = JointOutputs(moe), moe.num_experts
         with attack_mode(network), torch.no_grad():
             clean = joint(inputs)
         classes = clean.shape[1] - experts
@@ -339,18 +339,6 @@ def _joint_divergence(experts: int, weight: float, outputs: Tensor, clean: Tenso
     """Divergence of the predictions plus that of the routing, one value a sample."""
     predictions = kl_divergence(outputs[:, :-experts], clean[:, :-experts])
     return predictions + weight * kl_divergence(outputs[:, -experts:], clean[:, -experts:])
-
-
-class _JointOutputs(nn.Module):
-    """Logits and scores of the experts side by side: one tensor, as attacks want it."""
-
-    def __init__(self, network: Any) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits, scores = self.network.forward_with_scores(x)
-        return torch.cat([_wide(logits), _wide(scores)], dim=1)
 
 
 def _wide(outputs: Tensor) -> Tensor:

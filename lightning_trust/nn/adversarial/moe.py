@@ -355,3 +355,26 @@ def check_dispatch(dispatch: str) -> None:
     """Raise ValueError where there is no such dispatch."""
     if dispatch not in ("group", "mask"):
         raise ValueError(f"Expected argument `dispatch` to be 'group' or 'mask', but got {dispatch!r}.")
+
+
+class JointOutputs(nn.Module):
+    """Logits and scores of the experts of a :class:`MoENetwork` side by side: one tensor, as attacks want it.
+
+    Shape:
+        - Input: images :math:`(N, C, H, W)`.
+        - Output: :math:`(N, K + E)`, float32 at least.
+
+    Args:
+        network: The network.
+
+    """
+
+    def __init__(self, network: MoENetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images -> logits, then scores."""
+        logits, scores = self.network.forward_with_scores(x)
+        wide = torch.promote_types(torch.promote_types(logits.dtype, scores.dtype), torch.float32)
+        return torch.cat([logits.to(wide), scores.to(wide)], dim=1)
