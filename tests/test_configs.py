@@ -530,8 +530,10 @@ def test_multi_norm_recipe_runs_whole_and_then_only_reports(place, monkeypatch, 
             stage["args"][end] = stage["args"][end].replace("best", "best_3")
     Path("multi_norm.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     shutil.copytree(CONFIGS, "configs")
-    curve = Path("configs", "adversarial", "robust_mode_connectivity.yaml")
-    curve.write_text(curve.read_text().replace("num_points: 11", "num_points: 3"))
+    for path in Path("configs", "adversarial").glob("*.yaml"):
+        path.write_text(
+            path.read_text().replace("num_points: 11", "num_points: 3").replace(" steps: 10\n", " steps: 1\n")
+        )
     main(["run", "multi_norm.yaml"])
     count = len(recipe["stages"])
     assert f"{count} of {count} stages ran" in capsys.readouterr().out
