@@ -100,7 +100,7 @@ class Size:
     tune_epochs: int = 2
     steps: int = 5
     test_steps: int = 20
-    points: int = 11
+    points: int = 6
     batch: int = 128
 
 
