@@ -226,6 +226,8 @@ def _figures(path: Path) -> str:
     result = TableResult.read(path)
     text = []
     scenarios = list(dict.fromkeys(row.scenario for row in result.rows))
+    # a figure that some runs have does not exist for those that have it in no seed
+    known = {name for row in result.rows for name, value in row.values.items() if value is not None}
     for scenario in scenarios:
         head = ["Run", *(column.head for column in result.columns.values())]
         rows = []
@@ -233,6 +235,8 @@ def _figures(path: Path) -> str:
             own = [row for row in result.rows if (row.scenario, row.run) == (scenario, run)]
             cells = [
                 _figure([row.values[name] for row in own], column, place == 0)
+                if any(row.values[name] is not None for row in own) or name not in known
+                else ""
                 for place, (name, column) in enumerate(result.columns.items())
             ]
             rows.append([run, *cells])

@@ -48,7 +48,8 @@ class PGD(Attack):
         norm: Norm of the ball.
         targeted: Whether to reach the classes given as ``target``.
         loss: What is maximised; see :class:`~lightning_trust.attacks.Attack`.
-        l1_step: The step where ``norm="l1"``.
+        l1_step: The step where ``norm="l1"``. That of ``"topk"`` moves many entries by ``step_size`` each, so it is as
+            many times as long: with a step that is large for one entry it leaps across the ball.
         batch_norm: Statistics that BatchNorm uses.
         space: Box and normalisation of the inputs.
         batch_size: Size of the parts in which a batch is attacked.

@@ -10,15 +10,23 @@ import pytest
 from benchmarks.table_results import Column, TableResult, TableRow
 from docs.generate import _figures
 
-COLUMNS = {"robust": Column("Robust"), "gap": Column("Lost", "points"), "cost": Column("Time", "ratio")}
+COLUMNS = {
+    "robust": Column("Robust"),
+    "gap": Column("Lost", "points"),
+    "cost": Column("Time", "ratio"),
+    "never": Column("Never", "number"),
+}
 ROWS = [
     TableRow("AT", 1, "large", {"robust": 0.5, "gap": 0.1, "cost": 1.0}),
     TableRow("AT", 2, "large", {"robust": 0.6, "gap": 0.2, "cost": 1.5}),
     TableRow("ERM", 1, "large", {"robust": 0.0, "gap": 0.1, "cost": None}),
     TableRow("ERM", 2, "large", {"robust": 0.1, "gap": 0.3, "cost": 0.1}),
+    TableRow("none", 1, "large", {"robust": 0.1, "gap": 0.3, "cost": None}),
+    TableRow("none", 2, "large", {"robust": 0.1, "gap": 0.3, "cost": None}),
     TableRow("AT", 1, "few", {"robust": 0.4, "gap": 0.0, "cost": 1.0}),
     TableRow("AT", 2, "few", {"robust": 0.4, "gap": 0.0, "cost": 1.0}),
 ]
+ROWS = [TableRow(row.run, row.seed, row.scenario, {**row.values, "never": None}) for row in ROWS]
 
 
 @pytest.fixture
@@ -44,9 +52,11 @@ def test_table_has_means_over_seeds(result, tmp_path):
     text = _figures(result.write(tmp_path / "a.json"))
     large, few = text.split("**Few**")
     assert large.startswith("**Large**")
-    assert "| AT | 55.0 (50.0, 60.0) | 15.0 | 1.25 |" in large
-    assert "| ERM | 5.0 (0.0, 10.0) | 20.0 | not measured |" in large
-    assert "| AT | 40.0 (40.0, 40.0) | 0.0 | 1.00 |" in few
+    assert "| AT | 55.0 (50.0, 60.0) | 15.0 | 1.25 | not measured |" in large
+    assert "| ERM | 5.0 (0.0, 10.0) | 20.0 | not measured | not measured |" in large
+    # what there is for other runs alone
+    assert "| none | 10.0 (10.0, 10.0) | 30.0 |  | not measured |" in large
+    assert "| AT | 40.0 (40.0, 40.0) | 0.0 | 1.00 | not measured |" in few
     assert "A CPU" in few
 
 

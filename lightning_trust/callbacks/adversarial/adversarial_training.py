@@ -53,7 +53,8 @@ class AdversarialTraining(StepTransform):
     Raises:
         ValueError: If an argument is out of its range (at once); if inputs lie outside the box or targets are no
             classes (in the first step).
-        MisconfigurationException: If an objective that uses logits cannot get them from the host's step.
+        MisconfigurationException: If an objective that uses logits cannot get them from the host's step, or a schedule
+            is for the radius of an attack that has none.
         RuntimeError: If an attack gives values that are not finite (at the end of the epoch).
 
     Example:
@@ -106,6 +107,11 @@ class AdversarialTraining(StepTransform):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Check the budget against the data, and join the host's chain."""
         if stage == "fit":
+            if self.eps_schedule is not None and self.attack.eps is None:
+                raise MisconfigurationException(
+                    f"Argument `eps_schedule` sets the radius `eps` of the attack, but {type(self.attack).__name__} has"
+                    " none. Leave the schedule out, or take an attack with one radius, such as PGD."
+                )
             self._space = input_space(self.attack, trainer)
             self.attack.check_budget(self._space)
             self._checked, self._finite = False, None

@@ -13,7 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_trust.attacks import FGSM, PGD, FastFGSM
+from lightning_trust.attacks import FGSM, MSD, PGD, FastFGSM
 from lightning_trust.callbacks import (
     MART,
     TRADES,
@@ -328,6 +328,13 @@ def test_start_epoch_and_schedule():
     trainer.fit(Watches(), DataLoader(images(), batch_size=8))
     assert seen[:3] == [0.0, 0.0, 0.0]
     assert seen[3:] == pytest.approx([0.1, 0.1 + 0.1 / 3, 0.1 + 0.2 / 3, 0.2, 0.2, 0.2], abs=1e-6)
+
+
+def test_schedule_of_a_radius_that_the_attack_does_not_have():
+    callback = AdversarialTraining(MSD(steps=1), eps_schedule=LinearWarmup(0.0, 0.2, epochs=2))
+    trainer = pl.Trainer(max_epochs=1, callbacks=[callback], **QUIET)
+    with pytest.raises(MisconfigurationException, match=r"`eps_schedule` sets the radius `eps` .* but MSD has none"):
+        trainer.fit(Images(), DataLoader(images(), batch_size=8))
 
 
 def test_normalised_data_are_attacked_in_raw_units():
