@@ -149,6 +149,107 @@ METHODS: tuple[MethodEntry, ...] = (
         "unlearning",
         ("lightning_trust.callbacks.SalUn", "lightning_trust.callbacks.WeightSaliency"),
     ),
+    _entry(
+        "robust-evaluation",
+        "Measure accuracy under attacks in validation and test, with intervals, resume and a self-test",
+        (
+            Paper(
+                "Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse Parameter-free Attacks",
+                "ICML 2020, arXiv:2003.01690",
+            ),
+            Paper("Increasing Confidence in Adversarial Robustness Evaluations", "NeurIPS 2022, arXiv:2206.13991"),
+        ),
+        "adversarial",
+        ("lightning_trust.callbacks.RobustEvaluation",),
+    ),
+    _entry(
+        "adversarial-training",
+        "Train on inputs that an attack makes against the network as it is; seven objectives",
+        (
+            Paper("Towards Deep Learning Models Resistant to Adversarial Attacks", "ICLR 2018, arXiv:1706.06083"),
+            Paper("Theoretically Principled Trade-off between Robustness and Accuracy", "ICML 2019, arXiv:1901.08573"),
+            Paper(
+                "Improving Adversarial Robustness Requires Revisiting Misclassified Examples", "ICLR 2020, OpenReview"
+            ),
+            Paper("Fast is better than free: Revisiting adversarial training", "ICLR 2020, arXiv:2001.03994"),
+            Paper(
+                "Revisiting and Advancing Fast Adversarial Training Through The Lens of Bi-Level Optimization",
+                "ICML 2022, arXiv:2112.12376",
+            ),
+            Paper("Understanding and Improving Fast Adversarial Training", "NeurIPS 2020, arXiv:2007.02617"),
+        ),
+        "adversarial",
+        (
+            "lightning_trust.callbacks.AdversarialTraining",
+            "lightning_trust.callbacks.TRADES",
+            "lightning_trust.callbacks.MART",
+            "lightning_trust.callbacks.FastBAT",
+            "lightning_trust.callbacks.GradAlign",
+            "lightning_trust.callbacks.CleanAndAdversarial",
+        ),
+    ),
+    _entry(
+        "free-adversarial-training",
+        "Get the attack from the backward pass that trains the weights, on batches that are repeated",
+        (Paper("Adversarial Training for Free!", "NeurIPS 2019, arXiv:1904.12843"),),
+        "adversarial",
+        ("lightning_trust.callbacks.FreeAdversarialTraining", "lightning_trust.datamodules.RepeatBatches"),
+    ),
+    _entry(
+        "awp",
+        "Take every gradient at the weights that are worst in a small neighbourhood",
+        (Paper("Adversarial Weight Perturbation Helps Robust Generalization", "NeurIPS 2020, arXiv:2004.05884"),),
+        "adversarial",
+        ("lightning_trust.callbacks.AWP",),
+    ),
+    _entry(
+        "saliency-guided-adversarial-training",
+        "Train for a new site: drown faint shortcuts in adversarial inputs, ignore features that matter little",
+        (
+            Paper(
+                "Saliency Guided Adversarial Training for Learning Generalizable Features with Applications to Medical"
+                " Imaging Classification System",
+                "2022, arXiv:2209.04326",
+            ),
+            Paper(
+                "Improving Deep Learning Interpretability by Saliency Guided Training", "NeurIPS 2021, arXiv:2111.14338"
+            ),
+        ),
+        "adversarial",
+        (
+            "lightning_trust.callbacks.SaliencyGuidedAdversarialTraining",
+            "lightning_trust.callbacks.OODEvaluation",
+            "lightning_trust.datamodules.ShortcutFashionMNIST",
+            "lightning_trust.datamodules.CXRDataModule",
+        ),
+    ),
+    _entry(
+        "advmoe",
+        "Train a network of experts and its router in turn, each robust to inputs that attack both",
+        (Paper("Robust Mixture-of-Expert Training for Convolutional Neural Networks", "ICCV 2023, arXiv:2308.10110"),),
+        "adversarial",
+        ("lightning_trust.callbacks.AdvMoE", "lightning_trust.attacks.RoutedPGD"),
+    ),
+    _entry(
+        "robust-mode-connectivity",
+        "Train a curve between two networks, each robust to one norm, so that its points resist several at once",
+        (
+            Paper(
+                "Bridging Models to Defend: A Population-Based Strategy for Robust Adversarial Defense",
+                "2023, arXiv:2303.10225",
+            ),
+            Paper("Loss Surfaces, Mode Connectivity, and Fast Ensembling of DNNs", "NeurIPS 2018, arXiv:1802.10026"),
+        ),
+        "adversarial",
+        (
+            "lightning_trust.callbacks.RobustModeConnectivity",
+            "lightning_trust.callbacks.CurveEvaluation",
+            "lightning_trust.nn.CurveNetwork",
+            "lightning_trust.nn.WeightEnsemble",
+            "lightning_trust.callbacks.ExtremeNormTraining",
+            "lightning_trust.callbacks.AverageOf",
+        ),
+    ),
 )
 
 
