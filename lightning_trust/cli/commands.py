@@ -148,12 +148,13 @@ def _methods(args: list[str]) -> None:
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 2, 0, 0))
     table.add_column("Method", no_wrap=True, style="bold")
-    table.add_column("Family", no_wrap=True)
-    table.add_column("What it does", min_width=24)
-    table.add_column("Class", no_wrap=True)
-    for entry in entries:
-        names = "\n".join(path.rpartition(".")[2] for path in entry.classes)
-        table.add_row(entry.name, entry.family, entry.title, names)
+    table.add_column("What it does, and its classes", overflow="fold")
+    for family in dict.fromkeys(entry.family for entry in entries):
+        table.add_row(Text(family, style="not bold dim"), "")
+        for entry in methods(family):
+            # a narrow terminal breaks between names
+            names = ", ".join(path.rpartition(".")[2] for path in entry.classes)
+            table.add_row(f"  {entry.name}", Text(f"{entry.title}\n").append(names, style="dim"))
     console.print(table)
     console.print(Text("Paper, configurations and documentation of one: lightning-trust methods NAME", style="dim"))
 
