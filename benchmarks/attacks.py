@@ -302,7 +302,13 @@ def main() -> None:
             print(f"{line['what']}: {line['value']} (bar {line['bar']})", flush=True)
     content = {
         "rows": rows,
-        "experiment": {"rows": experiment, "seed": arguments.seed, "train_rows": arguments.train_rows},
+        "experiment": {
+            "rows": experiment,
+            "seed": arguments.seed,
+            "train_rows": arguments.train_rows,
+            "epochs": arguments.epochs,
+            "samples": arguments.samples,
+        },
         "threads": torch.get_num_threads(),
         "hardware": hardware(),
         "versions": versions(),

@@ -10,6 +10,7 @@ Writes one result file a method under benchmarks/results/adversarial/.
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import shutil
 import statistics
@@ -116,7 +117,8 @@ def epoch_seconds(runs: list[str], root: Path, rounds: int = 3, batches: int = 1
             path = root / "timing" / f"{run}.yaml"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(yaml.safe_dump(config))
-            _Attached.clock = clocks[run]
+            # of the module by its name, as the command line finds it: as a script this one is another
+            importlib.import_module("benchmarks.robustness")._Attached.clock = clocks[run]
             config["trainer"]["callbacks"].append({"class_path": "benchmarks.robustness._Attached"})
             path.write_text(yaml.safe_dump(config))
             command_line(["fit", f"--config={path}"])

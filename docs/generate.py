@@ -295,9 +295,11 @@ def _attacks(path: Path) -> str:
             ]
         )
     head = ["Attack", *(f"Trained {name}ly" for name in networks), *(f"Queries, {name}ly" for name in networks)]
+    made = found["experiment"]
     words = (
-        "Accuracy in percent of a small CNN on 500 test images of Fashion-MNIST, linf eps 0.1; mean queries an image of"
-        f" attacks on scores; seed {found['experiment']['seed']}, {found['experiment']['train_rows']:,} training rows."
+        f"Accuracy in percent of a small CNN on {made['samples']} test images of Fashion-MNIST, linf eps 0.1; mean queries"
+        f" an image of attacks on scores; seed {made['seed']}, {made['train_rows']:,} training rows, {made['epochs']}"
+        " epochs."
     )
     return f"{_bars(found, list(map(_bar, found['rows'])))}\n\n{_table(head, lines, len(head) - 1)}\n\n{words}"
 

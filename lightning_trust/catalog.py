@@ -109,6 +109,7 @@ _SALUN = Paper(
     " and Generation",
     "ICLR 2024, arXiv:2310.12508",
 )
+_DAT = Paper("Distributed Adversarial Training to Robustify Deep Neural Networks at Scale", "UAI 2022, PMLR 180")
 
 METHODS: tuple[MethodEntry, ...] = (
     _entry(
@@ -201,6 +202,18 @@ METHODS: tuple[MethodEntry, ...] = (
         (Paper("Adversarial Weight Perturbation Helps Robust Generalization", "NeurIPS 2020, arXiv:2004.05884"),),
         "adversarial",
         ("lightning_trust.callbacks.AWP",),
+    ),
+    _entry(
+        "dat",
+        "Adversarial training with large batches on many ranks, and gradients exchanged in few bits",
+        (_DAT,),
+        "adversarial",
+        (
+            "lightning_trust.callbacks.QuantizedAllReduce",
+            "lightning_trust.optim.LAMB",
+            "lightning_trust.optim.LARS",
+            "lightning_trust.datamodules.PseudoLabeledData",
+        ),
     ),
     _entry(
         "saliency-guided-adversarial-training",
