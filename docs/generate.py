@@ -297,8 +297,8 @@ def _attacks(path: Path) -> str:
     head = ["Attack", *(f"Trained {name}ly" for name in networks), *(f"Queries, {name}ly" for name in networks)]
     made = found["experiment"]
     words = (
-        f"Accuracy in percent of a small CNN on {made['samples']} test images of Fashion-MNIST, linf eps 0.1; mean queries"
-        f" an image of attacks on scores; seed {made['seed']}, {made['train_rows']:,} training rows, {made['epochs']}"
+        f"Accuracy in percent of a small CNN on {made['samples']} test images of Fashion-MNIST, linf eps 0.1; mean"
+        f" queries an image of attacks on scores; seed {made['seed']}, {made['train_rows']:,} training rows, {made['epochs']}"
         " epochs."
     )
     return f"{_bars(found, list(map(_bar, found['rows'])))}\n\n{_table(head, lines, len(head) - 1)}\n\n{words}"
