@@ -298,8 +298,8 @@ def _attacks(path: Path) -> str:
     made = found["experiment"]
     words = (
         f"Accuracy in percent of a small CNN on {made['samples']} test images of Fashion-MNIST, linf eps 0.1; mean"
-        f" queries an image of attacks on scores; seed {made['seed']}, {made['train_rows']:,} training rows, {made['epochs']}"
-        " epochs."
+        f" queries an image of attacks on scores; seed {made['seed']}, {made['train_rows']:,} training rows,"
+        f" {made['epochs']} epochs."
     )
     return f"{_bars(found, list(map(_bar, found['rows'])))}\n\n{_table(head, lines, len(head) - 1)}\n\n{words}"
 
