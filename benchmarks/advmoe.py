@@ -30,13 +30,11 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from benchmarks.stored import now
 from benchmarks.table_results import Column, TableResult, TableRow
 from benchmarks.timing import medians
 from lightning_trust.attacks import PGD, RoutedPGD
 from lightning_trust.callbacks import AdversarialTraining, AdvMoE
 from lightning_trust.core.modes import eval_mode
-from lightning_trust.core.records import hardware, versions
 from lightning_trust.datamodules import FashionMNIST
 from lightning_trust.metrics import ExpertUtilisation, RouterRobustness
 from lightning_trust.modules import ImageClassifier
@@ -215,16 +213,11 @@ def main() -> None:
         for name in RUNS:
             found.append(row(name, seed, costs, **settings))
             print(f"  seed {seed}, {name}: {dict(found[-1].values)}", flush=True)
-    TableResult(
-        method="advmoe",
+    TableResult.measured_here(
+        "advmoe",
         experiment=f"Fashion-MNIST, {arguments.rows:,} rows, a small CNN of four layers of {WIDTH} channels, experts of"
         f" {WIDTH // 2}, {arguments.epochs} epochs, {arguments.steps} steps of linf eps {EPS};"
         f" {arguments.test_rows:,} test rows",
-        config="configs/adversarial/advmoe.yaml",
-        hardware=hardware(),
-        versions=versions(),
-        created=now(),
-        seeds=arguments.seeds,
         columns=COLUMNS,
         rows=found,
     ).write(Path(arguments.output))

@@ -34,11 +34,9 @@ torch.set_num_threads(1)
 
 import lightning.pytorch as pl  # noqa: E402
 
-from benchmarks.stored import now  # noqa: E402
 from benchmarks.table_results import Column, TableResult, TableRow  # noqa: E402
 from lightning_trust.attacks import PGD  # noqa: E402
 from lightning_trust.callbacks import AdversarialTraining, QuantizedAllReduce, RobustEvaluation  # noqa: E402
-from lightning_trust.core.records import hardware, versions  # noqa: E402
 from lightning_trust.core.schedules import LinearWarmup, Product, Schedule, Steps  # noqa: E402
 from lightning_trust.datamodules import FashionMNIST, PseudoLabeledData  # noqa: E402
 from lightning_trust.modules import ImageClassifier  # noqa: E402
@@ -203,15 +201,10 @@ def tune(runs: list[str], seed: int = 0, epochs: int = 5, **settings: Any) -> It
 
 def write(found: list[dict[str, Any]], path: Path) -> Path:
     """Write the rows as a result."""
-    result = TableResult(
-        method="dat",
-        experiment="Fashion-MNIST, a small CNN with 33,338 parameters, linf eps 0.1, PGD-5 in training, 4 epochs, two"
-        " ranks; 12,000 rows, but 1,000 with labels in the last table",
-        config="configs/adversarial/dat.yaml",
-        hardware=hardware(),
-        versions=versions(),
-        created=now(),
-        seeds=sorted({row["seed"] for row in found}),
+    result = TableResult.measured_here(
+        "dat",
+        experiment="Fashion-MNIST, a small CNN with 33,338 parameters, linf eps 0.1, PGD-5 in training,"
+        f" {Run.epochs} epochs, two ranks; 12,000 rows, but 1,000 with labels in the last table",
         columns=COLUMNS,
         rows=[
             TableRow(

@@ -31,7 +31,6 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
-from benchmarks.stored import now
 from benchmarks.table_results import Column, TableResult, TableRow
 from lightning_trust.attacks import APGD, MSD, PGD, Attack, WorstOf
 from lightning_trust.callbacks import (
@@ -42,7 +41,6 @@ from lightning_trust.callbacks import (
     RobustEvaluation,
     RobustModeConnectivity,
 )
-from lightning_trust.core.records import hardware, versions
 from lightning_trust.datamodules import FashionMNIST
 from lightning_trust.functional.adversarial.projections import Norm
 from lightning_trust.modules import ImageClassifier
@@ -289,17 +287,12 @@ def main() -> None:
         found.append(row)
     if arguments.smoke:
         return
-    TableResult(
-        method="robust-mode-connectivity",
+    TableResult.measured_here(
+        "robust-mode-connectivity",
         experiment=f"Fashion-MNIST, {size.train_rows:,} rows, a small CNN with 33,338 parameters; {size.epochs} epochs"
         f" an end, {size.curve_epochs} a curve, {2 * size.epochs + size.curve_epochs} for one network; attacks of"
         f" {size.steps} steps in training, of {size.test_steps} in the test on {size.test_rows:,} rows;"
         " eps 0.1 (linf), 1.5 (l2), 12 (l1)",
-        config="configs/adversarial/robust_mode_connectivity.yaml",
-        hardware=hardware(),
-        versions=versions(),
-        created=now(),
-        seeds=seeds,
         columns=COLUMNS,
         rows=found,
     ).write(Path(arguments.output))

@@ -19,11 +19,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from benchmarks.stored import now
 from benchmarks.table_results import Column, TableResult, TableRow
 from lightning_trust.attacks import PGD
 from lightning_trust.callbacks import OODEvaluation, SaliencyGuidedAdversarialTraining
-from lightning_trust.core.records import hardware, versions
 from lightning_trust.datamodules import ShortcutFashionMNIST
 from lightning_trust.modules import ImageClassifier
 
@@ -95,15 +93,10 @@ def main() -> None:
                 row = run(name, amplitude, seed, arguments.rows, arguments.epochs, arguments.test_rows)
                 print(f"  {row.scenario}, seed {seed}, {name}: {dict(row.values)}", flush=True)
                 found.append(row)
-    TableResult(
-        method="saliency-guided-adversarial-training",
+    TableResult.measured_here(
+        "saliency-guided-adversarial-training",
         experiment=f"Fashion-MNIST with a planted shortcut, {arguments.rows:,} rows, a small CNN with 33,338"
         f" parameters, {arguments.epochs} epochs, PGD-5 of linf eps {EPS}",
-        config="configs/adversarial/saliency_guided_adversarial_training.yaml",
-        hardware=hardware(),
-        versions=versions(),
-        created=now(),
-        seeds=arguments.seeds,
         columns=COLUMNS,
         rows=found,
     ).write(Path(arguments.output))

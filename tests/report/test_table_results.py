@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from benchmarks.table_results import Column, TableResult, TableRow
 from docs.generate import _figures
@@ -79,3 +80,12 @@ def test_what_is_no_result_is_refused(result, tmp_path):
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"lacks \['columns'\]"):
         TableResult.read(path)
+
+
+def test_measured_here_says_where_and_with_what():
+    found = TableResult.measured_here("dat", "words", COLUMNS, ROWS)
+    assert (found.config, found.seeds) == ("configs/adversarial/dat.yaml", [1, 2])
+    assert found.versions["torch"] == torch.__version__
+    assert found.hardware["cores"] >= 1
+    with pytest.raises(ValueError, match="'dta'"):
+        TableResult.measured_here("dta", "words", COLUMNS, ROWS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from lightning_trust.attacks.attack import UNIT_BOX
 from lightning_trust.callbacks.adversarial.objectives import (
     AdversarialStep,
     BatchNormUpdate,
+    Crafting,
     Objective,
     ObjectiveName,
     create_objective,
@@ -123,25 +123,26 @@ class AdversarialTraining(StepTransform):
         if ctx.trainer.current_epoch < self.start_epoch:
             return batch
         inputs = self.batch_spec.inputs_of(batch)
-        draws = self._draws(inputs, ctx)
-        watch: list[Tensor] = []
-        adversarial = self.objective.craft(
-            self._current_attack(ctx),
-            self.network_of(host),
-            inputs,
-            self.batch_spec.targets_of(batch),
-            self._space,
-            draws,
-            not self._checked,
-            watch,
+        crafting = Crafting(
+            attack=self._current_attack(ctx),
+            network=self.network_of(host),
+            inputs=inputs,
+            targets=self.batch_spec.targets_of(batch),
+            space=self._space,
+            draws=self._draws(inputs, ctx),
+            check=not self._checked,
         )
+        adversarial = self._crafted(crafting)
         self._checked = True
-        # looked at once an epoch: a look a step would wait for the device
-        watch.append(torch.isfinite(adversarial.sum()))
-        finite = torch.stack(watch).all()
-        self._finite = finite if self._finite is None else self._finite & finite
         self._clean = inputs
         return self.batch_spec.replace(batch, inputs=adversarial)
+
+    def _crafted(self, crafting: Crafting) -> Tensor:
+        """What the objective crafts; whether it is finite is looked at once an epoch: a look waits for the device."""
+        adversarial = self.objective.craft(crafting)
+        finite = crafting.finite(adversarial)
+        self._finite = finite if self._finite is None else self._finite & finite
+        return adversarial
 
     def loss(self, host: Any, step: Callable[[Any], Tensor], batch: Any, ctx: StepContext) -> Tensor:
         """The objective's loss."""

@@ -13,17 +13,15 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_trust.attacks import PGD, Attack
+from lightning_trust.attacks import PGD
 from lightning_trust.attacks.preparation import attack_mode
 from lightning_trust.callbacks.adversarial.adversarial_training import AdversarialTraining
-from lightning_trust.callbacks.adversarial.objectives import TRADES, AdversarialStep, at_least_zero
+from lightning_trust.callbacks.adversarial.objectives import TRADES, AdversarialStep, Crafting, at_least_zero
 from lightning_trust.core.auxiliary import AuxiliaryOptimizer
 from lightning_trust.core.batch import BatchSpec
 from lightning_trust.core.distributed import mean_over_ranks
 from lightning_trust.core.modes import eval_mode, frozen_parameters, untouched_batchnorm
-from lightning_trust.core.randomness import SampleDraws
 from lightning_trust.core.schedules import Schedule
-from lightning_trust.core.space import InputSpace
 from lightning_trust.core.step import Attachment, BuildPhase, StepContext
 from lightning_trust.functional.adversarial.losses import kl_divergence
 from lightning_trust.functional.adversarial.router_losses import balance_loss, class_mod_router_loss, expert_shares
@@ -226,11 +224,7 @@ class AdvMoE(AdversarialTraining):
         precision = nullcontext() if scaled else trainer.precision_plugin.train_step_context()
         with precision:
             draws = self.random.samples(len(inputs), "router", self._key, device=inputs.device)
-            watch: list[Tensor] = []
-            adversarial = self.joint.craft(self.attack, moe, inputs, targets, self._space, draws, False, watch)
-            watch.append(torch.isfinite(adversarial.sum()))
-            finite = torch.stack(watch).all()
-            self._finite = finite if self._finite is None else self._finite & finite
+            adversarial = self._crafted(Crafting(self.attack, moe, inputs, targets, self._space, draws))
             with (
                 router.training(),
                 frozen_parameters(moe.network.parameters()),
@@ -302,30 +296,20 @@ class _JointTRADES(TRADES):
         self.router_attack_weight = router_attack_weight
         self.class_mod = class_mod
 
-    def craft(
-        self,
-        attack: Attack,
-        network: nn.Module,
-        inputs: Tensor,
-        targets: Tensor,
-        space: InputSpace,
-        draws: SampleDraws,
-        check: bool,
-        watch: list[Tensor],
-    ) -> Tensor:
+    def craft(self, crafting: Crafting) -> Tensor:
         """Inputs that move predictions and routing at once."""
-        moe: Any = network
+        moe: Any = crafting.network
         joint, experts = JointOutputs(moe), moe.num_experts
-        with attack_mode(network), torch.no_grad():
-            clean = joint(inputs)
+        with attack_mode(moe), torch.no_grad():
+            clean = joint(crafting.inputs)
         classes = clean.shape[1] - experts
         if self.class_mod and classes < experts:
             raise ValueError(
                 f"Expected at least {experts} classes, one an expert, for router_objective='class_mod', but got"
                 f" {classes}. Take router_objective='trades', or fewer experts."
             )
-        attack = attack.replaced(loss=partial(_joint_divergence, experts, self.router_attack_weight))
-        return attack(joint, inputs, clean, space=space, draws=draws, check=check, watch=watch)
+        attack = crafting.attack.replaced(loss=partial(_joint_divergence, experts, self.router_attack_weight))
+        return crafting.found_by(attack, joint, clean)
 
     def loss(self, step: AdversarialStep) -> Tensor:
         """Loss of the pathways, with a router that decides as in evaluation."""

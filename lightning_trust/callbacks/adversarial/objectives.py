@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -103,6 +103,48 @@ class AdversarialStep:
         return untouched_batchnorm(self.network if not counts else nn.Identity())
 
 
+@dataclass
+class Crafting:
+    """What the adversarial inputs of a batch are made from.
+
+    Attributes:
+        attack: The attack, with the radius of this step.
+        network: The host's network.
+        inputs: Clean inputs.
+        targets: Their targets.
+        space: Box and normalisation of the inputs.
+        draws: Random numbers of the samples.
+        check: Whether inputs and gradients are looked at, which on a GPU waits for it.
+        watch: Where it is kept whether gradients were finite.
+
+    """
+
+    attack: Attack
+    network: nn.Module
+    inputs: Tensor
+    targets: Tensor
+    space: InputSpace
+    draws: SampleDraws
+    check: bool = False
+    watch: list[Tensor] = field(default_factory=list)
+
+    def found_by(self, attack: Attack, network: nn.Module | None = None, targets: Tensor | None = None) -> Tensor:
+        """What an attack finds for the batch, if need be on another network or for other targets."""
+        return attack(
+            network or self.network,
+            self.inputs,
+            self.targets if targets is None else targets,
+            space=self.space,
+            draws=self.draws,
+            check=self.check,
+            watch=self.watch,
+        )
+
+    def finite(self, found: Tensor) -> Tensor:
+        """Whether all that was computed is finite, as a boolean scalar on the device."""
+        return torch.stack([*self.watch, torch.isfinite(found.sum())]).all()
+
+
 class Objective:
     """Base of objectives: plain objects that craft adversarial inputs and make the loss of a step."""
 
@@ -117,19 +159,9 @@ class Objective:
         """The attack of the paper."""
         return PGD(eps=8 / 255, step_size=2 / 255, steps=10)
 
-    def craft(
-        self,
-        attack: Attack,
-        network: nn.Module,
-        inputs: Tensor,
-        targets: Tensor,
-        space: InputSpace,
-        draws: SampleDraws,
-        check: bool,
-        watch: list[Tensor],
-    ) -> Tensor:
+    def craft(self, crafting: Crafting) -> Tensor:
         """Adversarial inputs of a batch."""
-        return attack(network, inputs, targets, space=space, draws=draws, check=check, watch=watch)
+        return crafting.found_by(crafting.attack)
 
     def loss(self, step: AdversarialStep) -> Tensor:
         """The loss of a step, a scalar."""
@@ -322,20 +354,11 @@ class FastBAT(Objective):
         """Only the radius and the box of the attack are used."""
         return FastFGSM(eps=8 / 255)
 
-    def craft(
-        self,
-        attack: Attack,
-        network: nn.Module,
-        inputs: Tensor,
-        targets: Tensor,
-        space: InputSpace,
-        draws: SampleDraws,
-        check: bool,
-        watch: list[Tensor],
-    ) -> Tensor:
+    def craft(self, crafting: Crafting) -> Tensor:
         """The point of the two linearised steps."""
+        attack, network, space, inputs = crafting.attack, crafting.network, crafting.space, crafting.inputs
         attack.check_budget(space)
-        if check:
+        if crafting.check:
             space.check(inputs)
         eps = attack.eps or 0.0
         size = self._size(eps)
@@ -344,16 +367,16 @@ class FastBAT(Objective):
         def ascended(place: Tensor) -> Tensor:
             place = place.detach().requires_grad_()
             outputs = network(space.from_raw(place).to(inputs.dtype))
-            loss = F.cross_entropy(outputs.float(), targets, reduction="sum")
+            loss = F.cross_entropy(outputs.float(), crafting.targets, reduction="sum")
             (gradient,) = torch.autograd.grad(loss, place)
-            watch.append(torch.isfinite(gradient.sum()))
+            crafting.watch.append(torch.isfinite(gradient.sum()))
             return projected(place.detach() + size * gradient)
 
         def projected(place: Tensor) -> Tensor:
             return (raw + project_linf(place - raw, eps)).clamp(space.low, space.high)
 
         with torch.enable_grad(), prepared(network, attack.batch_norm):
-            start = projected(raw + (2.0 * draws.uniform(*raw.shape[1:]) - 1.0) * eps)
+            start = projected(raw + (2.0 * crafting.draws.uniform(*raw.shape[1:]) - 1.0) * eps)
             self._point = ascended(start)
             return space.from_raw(ascended(self._point)).to(inputs.dtype)
 

@@ -8,17 +8,15 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_trust.attacks import Attack
 from lightning_trust.attacks.worst_of import check_attacks
 from lightning_trust.callbacks.adversarial.adversarial_training import AdversarialTraining
-from lightning_trust.callbacks.adversarial.objectives import AdversarialStep, Objective
+from lightning_trust.callbacks.adversarial.objectives import AdversarialStep, Crafting, Objective
 from lightning_trust.core.batch import BatchSpec
 from lightning_trust.core.distributed import from_all_ranks
 from lightning_trust.core.modes import eval_mode
-from lightning_trust.core.randomness import SampleDraws
-from lightning_trust.core.space import InputSpace
 from lightning_trust.core.step import StepContext
 
 
@@ -53,26 +51,14 @@ class AverageOf(Objective):
         """The first one."""
         return self.attacks[0]
 
-    def craft(
-        self,
-        attack: Attack,
-        network: nn.Module,
-        inputs: Tensor,
-        targets: Tensor,
-        space: InputSpace,
-        draws: SampleDraws,
-        check: bool,
-        watch: list[Tensor],
-    ) -> Tensor:
+    def craft(self, crafting: Crafting) -> Tensor:
         """What the first attack finds; that of the others is kept for the loss."""
-        if repr(attack) != repr(self.attacks[0]):
+        if repr(crafting.attack) != repr(self.attacks[0]):
             raise MisconfigurationException(
-                f"AverageOf brings its attacks, but got another one as well: {attack!r}. Leave `attack` and"
+                f"AverageOf brings its attacks, but got another one as well: {crafting.attack!r}. Leave `attack` and"
                 " `eps_schedule` of AdversarialTraining at None."
             )
-        self._found = [
-            one(network, inputs, targets, space=space, draws=draws, check=check, watch=watch) for one in self.attacks
-        ]
+        self._found = [crafting.found_by(attack) for attack in self.attacks]
         return self._found[0]
 
     def loss(self, step: AdversarialStep) -> Tensor:

@@ -23,6 +23,7 @@ from lightning_trust.callbacks import (
     GradAlign,
     StandardAT,
 )
+from lightning_trust.callbacks.adversarial.objectives import Crafting
 from lightning_trust.core.schedules import LinearWarmup
 from lightning_trust.core.space import InputSpace
 from lightning_trust.functional.adversarial import mart_loss, trades_kl
@@ -155,7 +156,9 @@ def gradients_of(host, callback, precision: str = "64-true"):
 def crafted_by(callback, host, inputs, targets):
     """What the callback crafts in the first step, from the same stream."""
     draws = callback.random.samples(len(inputs), "attack", 0)
-    return callback.objective.craft(callback.attack, host.net, inputs, targets, InputSpace(), draws, True, [])
+    return callback.objective.craft(
+        Crafting(callback.attack, host.net, inputs, targets, InputSpace(), draws, check=True)
+    )
 
 
 @pytest.mark.parametrize("objective", [TRADES(2.0), MART(3.0), StandardAT(), CleanAndAdversarial(0.5)])
