@@ -11,7 +11,7 @@ from lightning_trust.attacks.attack import Problem
 from lightning_trust.attacks.preparation import check_counts, check_positive, check_shares
 from lightning_trust.attacks.search import Remaining, SearchAttack
 from lightning_trust.core.space import InputSpace
-from lightning_trust.functional.adversarial.black_box import dct_matrix
+from lightning_trust.functional.adversarial.cosine_basis import dct_matrix
 from lightning_trust.functional.adversarial.losses import check_classes
 
 

@@ -12,7 +12,6 @@ from lightning_trust.attacks.attack import LossName, Problem
 from lightning_trust.attacks.preparation import check_counts, check_positive
 from lightning_trust.attacks.search import Remaining, SearchAttack
 from lightning_trust.core.space import InputSpace
-from lightning_trust.functional.adversarial.black_box import antithetic_gradient, forward_difference_gradient
 from lightning_trust.functional.adversarial.projections import (
     Norm,
     norm_of,
@@ -20,6 +19,7 @@ from lightning_trust.functional.adversarial.projections import (
     project,
     project_l1_box,
 )
+from lightning_trust.functional.zeroth_order import central_difference_gradient, forward_difference_gradient
 
 
 class _ZerothOrderAttack(SearchAttack):
@@ -179,6 +179,6 @@ class NES(_ZerothOrderAttack):
 
     def _direction(self, problem: Problem, moved: Tensor, value: Callable[[Tensor], Tensor], base: Tensor) -> Tensor:
         directions = (self._sphere(problem) for _ in range(self.q // 2))
-        gradient = antithetic_gradient(value, moved, directions, self.mu)
+        gradient = central_difference_gradient(value, moved, directions, self.mu)
         length = norm_of(gradient, "l2").clamp_min(1e-12)
         return gradient * per_sample(moved[0].numel() ** 0.5 / length, gradient)

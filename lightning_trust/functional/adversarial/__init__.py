@@ -1,11 +1,7 @@
 """Adversarial robustness: projections, losses and objectives."""
 
-from lightning_trust.functional.adversarial.black_box import (
-    antithetic_gradient,
-    dct_matrix,
-    forward_difference_gradient,
-)
 from lightning_trust.functional.adversarial.confidence import wilson_interval
+from lightning_trust.functional.adversarial.cosine_basis import dct_matrix
 from lightning_trust.functional.adversarial.curve import (
     best_positions,
     bezier_coefficients,
@@ -37,7 +33,6 @@ from lightning_trust.functional.adversarial.saliency import bernoulli_kl, class_
 from lightning_trust.functional.adversarial.trades import trades_kl
 
 __all__ = [
-    "antithetic_gradient",
     "balance_loss",
     "bernoulli_kl",
     "best_positions",
@@ -50,7 +45,6 @@ __all__ = [
     "dlr_loss",
     "dlr_loss_targeted",
     "expert_shares",
-    "forward_difference_gradient",
     "gradient_misalignment",
     "hyperplane_step",
     "kl_divergence",
