@@ -10,14 +10,18 @@ from lightning_trust.functional.zeroth_order.estimates import (
     forward_gradient,
     signal_to_noise,
 )
+from lightning_trust.functional.zeroth_order.vector_jacobian import VJPEstimate, coordinate_vjp, random_vjp
 
 __all__ = [
     "DISTRIBUTIONS",
     "Distribution",
+    "VJPEstimate",
     "central_difference_gradient",
     "coordinate_gradient",
+    "coordinate_vjp",
     "draw_direction_",
     "forward_difference_gradient",
     "forward_gradient",
+    "random_vjp",
     "signal_to_noise",
 ]
