@@ -10,18 +10,28 @@ from lightning_trust.functional.zeroth_order.estimates import (
     forward_gradient,
     signal_to_noise,
 )
+from lightning_trust.functional.zeroth_order.sparse_grid import (
+    PointDerivatives,
+    count_grid_nodes,
+    smolyak_gauss_hermite,
+    smoothed_derivatives,
+)
 from lightning_trust.functional.zeroth_order.vector_jacobian import VJPEstimate, coordinate_vjp, random_vjp
 
 __all__ = [
     "DISTRIBUTIONS",
     "Distribution",
+    "PointDerivatives",
     "VJPEstimate",
     "central_difference_gradient",
     "coordinate_gradient",
     "coordinate_vjp",
+    "count_grid_nodes",
     "draw_direction_",
     "forward_difference_gradient",
     "forward_gradient",
     "random_vjp",
     "signal_to_noise",
+    "smolyak_gauss_hermite",
+    "smoothed_derivatives",
 ]
