@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 
 @contextmanager
@@ -57,3 +57,21 @@ def untouched_batchnorm(module: nn.Module) -> Iterator[None]:
             for buffer, value in buffers:
                 # `.data`: a graph made inside has saved the buffer, but computes from the statistics of its batch
                 buffer.data.copy_(value)
+
+
+@contextmanager
+def unused_running_statistics(module: nn.Module) -> Iterator[None]:
+    """Let BatchNorm layers that train neither read nor write their running statistics.
+
+    They normalise with the mean and variance of the batch, as they do anyway. What is batched by ``torch.func.vmap``, or
+    carries forward derivatives, cannot be written to a buffer.
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.training]
+    found = [layer.track_running_stats for layer in layers]
+    try:
+        for layer in layers:
+            layer.track_running_stats = False
+        yield
+    finally:
+        for layer, tracked in zip(layers, found, strict=True):
+            layer.track_running_stats = tracked

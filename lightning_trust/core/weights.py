@@ -74,6 +74,42 @@ class WeightSwap:
 
 
 @contextmanager
+def substituted(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let a module compute with other tensors in the place of some parameters; the parameters stay untouched.
+
+    The tensors may be batched by ``torch.func.vmap`` or carry forward derivatives, which no parameter can take on.
+
+    Args:
+        module: The module.
+        values: Tensors by the names of the parameters, as ``named_parameters`` has them; a tied parameter is replaced
+            at all its places.
+
+    Example:
+        >>> layer = nn.Linear(1, 1, bias=False)
+        >>> with substituted(layer, {"weight": torch.tensor([[3.0]])}):
+        ...     layer(torch.ones(1, 1))
+        tensor([[3.]])
+
+    """
+    parameters = dict(module.named_parameters())
+    wanted = {id(parameters[name]): value for name, value in values.items()}
+    places = [
+        (owner, name, parameter)
+        for owner in module.modules()
+        for name, parameter in owner._parameters.items()
+        if parameter is not None and id(parameter) in wanted
+    ]
+    try:
+        for owner, name, parameter in places:
+            # not through `setattr`: that takes parameters only
+            owner._parameters[name] = wanted[id(parameter)]  # type: ignore[assignment]
+        yield
+    finally:
+        for owner, name, parameter in places:
+            owner._parameters[name] = parameter
+
+
+@contextmanager
 def swapped(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
     """Evaluate at other weights inside, forward and backward pass included.
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchvision.models import ResNet
 from torchvision.models.resnet import BasicBlock
 
+from lightning_trust.core.blocks import GlobalMean
 from lightning_trust.nn.small_cnn import check_sizes
 
 
@@ -119,6 +120,12 @@ class ThinResNet(nn.Module):
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.fc(x.mean(dim=(2, 3)))
+
+    def blocks(self) -> list[nn.Module]:
+        """The layers and residual blocks that the network is a chain of."""
+        stages = (self.layer1, self.layer2, self.layer3)
+        body = [block for stage in stages for block in stage]
+        return [self.conv1, self.bn1, nn.ReLU(), *body, GlobalMean(), self.fc]
 
 
 class _ZeroFill(nn.Module):

@@ -64,6 +64,10 @@ class SmallCNN(nn.Module):
         """Images ``(N, C, H, W)`` -> logits ``(N, K)``."""
         return self.classifier(self.pool(self.features(x)).flatten(1))
 
+    def blocks(self) -> list[nn.Module]:
+        """The layers that the network is a chain of."""
+        return [*self.features, self.pool, nn.Flatten(1), self.classifier]
+
 
 def check_sizes(in_channels: int, num_classes: int) -> None:
     """Raise ValueError where a network of images cannot have these sizes."""
