@@ -19,6 +19,13 @@ from lightning_trust.nn.adversarial import (
 from lightning_trust.nn.networks import create_network
 from lightning_trust.nn.resnet import ThinResNet, resnet18_small, resnet20
 from lightning_trust.nn.small_cnn import SmallCNN
+from lightning_trust.nn.zeroth_order import (
+    Simulator,
+    SimulatorAnswerError,
+    SimulatorAnswers,
+    SimulatorCounts,
+    SimulatorError,
+)
 
 __all__ = [
     "CurveNetwork",
@@ -27,6 +34,11 @@ __all__ = [
     "Router",
     "Routing",
     "RoutingContext",
+    "Simulator",
+    "SimulatorAnswerError",
+    "SimulatorAnswers",
+    "SimulatorCounts",
+    "SimulatorError",
     "SmallCNN",
     "ThinResNet",
     "WeightEnsemble",

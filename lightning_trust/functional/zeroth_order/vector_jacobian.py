@@ -113,8 +113,8 @@ def random_vjp(
     :math:`(d + 1) \Vert a \Vert^2 / q`. They cost ``2 q`` and ``q`` points a sample.
 
     A coordinate that would leave the box on one side stays at the middle there, and its share of the estimate is
-    divided by the width that is left: the mean for linear :math:`g` remains exact. A side without an answer stays at the
-    middle as a whole; a direction without a difference is left out of the mean.
+    divided by the width that is left: the mean for linear :math:`g` remains exact. A side without an answer stays at
+    the middle as a whole; a direction without a difference is left out of the mean.
 
     Paper: Zeroth-Order SciML: Non-intrusive Integration of Scientific Software with Deep Learning (arXiv 2206.02785).
 
