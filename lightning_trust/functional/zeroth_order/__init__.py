@@ -16,22 +16,36 @@ from lightning_trust.functional.zeroth_order.sparse_grid import (
     smolyak_gauss_hermite,
     smoothed_derivatives,
 )
+from lightning_trust.functional.zeroth_order.tensor_train import (
+    Contraction,
+    contraction,
+    largest_ranks,
+    tt_linear,
+    tt_matrix,
+    tt_svd,
+)
 from lightning_trust.functional.zeroth_order.vector_jacobian import VJPEstimate, coordinate_vjp, random_vjp
 
 __all__ = [
     "DISTRIBUTIONS",
+    "Contraction",
     "Distribution",
     "PointDerivatives",
     "VJPEstimate",
     "central_difference_gradient",
+    "contraction",
     "coordinate_gradient",
     "coordinate_vjp",
     "count_grid_nodes",
     "draw_direction_",
     "forward_difference_gradient",
     "forward_gradient",
+    "largest_ranks",
     "random_vjp",
     "signal_to_noise",
     "smolyak_gauss_hermite",
     "smoothed_derivatives",
+    "tt_linear",
+    "tt_matrix",
+    "tt_svd",
 ]
