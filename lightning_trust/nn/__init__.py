@@ -25,6 +25,9 @@ from lightning_trust.nn.zeroth_order import (
     SimulatorAnswers,
     SimulatorCounts,
     SimulatorError,
+    SineMLP,
+    TTLinear,
+    tensorize,
 )
 
 __all__ = [
@@ -39,7 +42,9 @@ __all__ = [
     "SimulatorAnswers",
     "SimulatorCounts",
     "SimulatorError",
+    "SineMLP",
     "SmallCNN",
+    "TTLinear",
     "ThinResNet",
     "WeightEnsemble",
     "convert_to_moe",
@@ -50,4 +55,5 @@ __all__ = [
     "resnet18_small",
     "resnet20",
     "straight_through_top1",
+    "tensorize",
 ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from lightning_trust.nn.zeroth_order.simulator import Simulator, SimulatorAnswers
 from lightning_trust.nn.zeroth_order.simulator_attempts import SimulatorAnswerError, SimulatorCounts, SimulatorError
+from lightning_trust.nn.zeroth_order.sine_mlp import SineMLP
+from lightning_trust.nn.zeroth_order.tt_linear import TTLinear, tensorize
 
 __all__ = [
     "Simulator",
@@ -11,4 +13,7 @@ __all__ = [
     "SimulatorAnswers",
     "SimulatorCounts",
     "SimulatorError",
+    "SineMLP",
+    "TTLinear",
+    "tensorize",
 ]
