@@ -33,6 +33,7 @@ from lightning_trust.callbacks.unlearning import (
     UnlearningReport,
     WeightSaliency,
 )
+from lightning_trust.callbacks.zeroth_order import ZerothOrderGradient
 
 __all__ = [
     "AWP",
@@ -64,4 +65,5 @@ __all__ = [
     "StandardAT",
     "UnlearningReport",
     "WeightSaliency",
+    "ZerothOrderGradient",
 ]

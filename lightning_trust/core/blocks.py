@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 class SplitModule(Protocol):
     r"""A network that tells which modules its forward pass is a chain of.
 
-    ``network(x)`` must equal ``b_L(...b_2(b_1(x)))`` for the modules :math:`b_1, \dots, b_L` that :meth:`blocks` returns,
-    each of which takes and returns one tensor whose first dimension is that of the samples. Together they hold all
-    parameters of the network, each in one block.
+    ``network(x)`` must equal ``b_L(...b_2(b_1(x)))`` for the modules :math:`b_1, \dots, b_L` that :meth:`blocks`
+    returns, each of which takes and returns one tensor whose first dimension is that of the samples. Together they hold
+    all parameters of the network, each in one block.
     """
 
     def blocks(self) -> Sequence[nn.Module]:
@@ -60,11 +60,12 @@ def split(network: nn.Module) -> list[nn.Module] | None:
 def _resnet(network: nn.Module) -> list[nn.Module] | None:
     from torchvision.models import ResNet
 
-    if type(network) is ResNet:
-        stages = [network.layer1, network.layer2, network.layer3, network.layer4]
-        stem = [network.conv1, network.bn1, network.relu, network.maxpool]
-        return [*stem, *(block for stage in stages for block in stage), network.avgpool, nn.Flatten(1), network.fc]
-    return None
+    if type(network) is not ResNet:
+        return None
+    parts: dict[str, Any] = dict(network.named_children())
+    stem = [parts[name] for name in ("conv1", "bn1", "relu", "maxpool")]
+    body = [block for name in ("layer1", "layer2", "layer3", "layer4") for block in parts[name]]
+    return [*stem, *body, parts["avgpool"], nn.Flatten(1), parts["fc"]]
 
 
 class GlobalMean(nn.Module):

@@ -63,8 +63,8 @@ def untouched_batchnorm(module: nn.Module) -> Iterator[None]:
 def unused_running_statistics(module: nn.Module) -> Iterator[None]:
     """Let BatchNorm layers that train neither read nor write their running statistics.
 
-    They normalise with the mean and variance of the batch, as they do anyway. What is batched by ``torch.func.vmap``, or
-    carries forward derivatives, cannot be written to a buffer.
+    They normalise with the mean and variance of the batch, as they do anyway. What is batched by ``torch.func.vmap``,
+    or carries forward derivatives, cannot be written to a buffer.
     """
     layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.training]
     found = [layer.track_running_stats for layer in layers]

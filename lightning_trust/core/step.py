@@ -336,6 +336,7 @@ class StepChain:
         self._evaluations = 0
         self._extras: Mapping[str, Any] | None = None
         self._replay: Callable[[], Tensor | None] | None = None
+        self._other: Callable[[Any], Callable[[], Tensor | None]] | None = None
 
     def __call__(self, host: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the step of the host with its transforms."""
@@ -348,17 +349,17 @@ class StepChain:
         if not again:
             self.forget()
             self._kept = (key, batch, self._prepared(host, batch, context))
+        once = functools.partial(self._once, host, call, rest, kwargs)
+        self._other = functools.partial(self._replay_of, host, once, context)
         # an optimizer that evaluates the step several times logs it once
         with muted(host) if again else nullcontext():
-            return self._evaluated(host, functools.partial(self._once, host, call, rest, kwargs), context)
+            return self._evaluated(host, once, context)
 
     def _evaluated(self, host: Any, once: Callable[[Any], Any], context: StepContext) -> Any:
         prepared = self._kept[2] if self._kept is not None else None
         if not self._nested and not self.replayable:
             return once(prepared)
-        step: Callable[[Any], Tensor] = functools.partial(self._loss_of, host, once)
-        for transform in self._nested:
-            step = functools.partial(_loss_around, transform, host, step, context)
+        step = self._step(host, once, context)
         self._extras = None
         if self.replayable and self._replay is None:
             self._replay = functools.partial(self._replayed, host, step, prepared, random_state())
@@ -367,6 +368,27 @@ class StepChain:
         except _SkippedStepError:
             return None
         return loss if self._extras is None else {**self._extras, "loss": loss}
+
+    def _step(self, host: Any, once: Callable[[Any], Any], context: StepContext) -> Callable[[Any], Tensor]:
+        step: Callable[[Any], Tensor] = functools.partial(self._loss_of, host, once)
+        for transform in self._nested:
+            step = functools.partial(_loss_around, transform, host, step, context)
+        return step
+
+    def replay_of(self, batch: Any) -> Callable[[], Tensor | None]:
+        """What evaluates the loss of another batch, as :meth:`replay` does that of the current one.
+
+        The batch is prepared once; it is on the host's device already.
+        """
+        if self._other is None:
+            raise RuntimeError("Expected a training step to have run before another batch is evaluated, but none has.")
+        return self._other(batch)
+
+    def _replay_of(
+        self, host: Any, once: Callable[[Any], Any], context: StepContext, batch: Any
+    ) -> Callable[[], Tensor | None]:
+        prepared = self._prepared(host, batch, context)
+        return functools.partial(self._replayed, host, self._step(host, once, context), prepared, random_state())
 
     def replay(self) -> Tensor | None:
         """Evaluate the loss of the current micro-batch once more.

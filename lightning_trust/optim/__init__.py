@@ -1,8 +1,39 @@
-"""Optimizers and learning rate schedules."""
+"""Optimizers, and estimators of gradients."""
 
 from __future__ import annotations
 
 from lightning_trust.optim.lamb import LAMB
 from lightning_trust.optim.lars import LARS
+from lightning_trust.optim.zeroth_order import (
+    CGE,
+    RGE,
+    ZOSGD,
+    ZOSVRG,
+    Estimate,
+    ForwardGradient,
+    GradientEstimator,
+    LossOracle,
+    MeZO,
+    ZerothOrderOptimizer,
+    ZOAdam,
+    ZOConservative,
+    ZOSignSGD,
+)
 
-__all__ = ["LAMB", "LARS"]
+__all__ = [
+    "CGE",
+    "LAMB",
+    "LARS",
+    "RGE",
+    "ZOSGD",
+    "ZOSVRG",
+    "Estimate",
+    "ForwardGradient",
+    "GradientEstimator",
+    "LossOracle",
+    "MeZO",
+    "ZOAdam",
+    "ZOConservative",
+    "ZOSignSGD",
+    "ZerothOrderOptimizer",
+]

@@ -2,7 +2,29 @@
 
 from lightning_trust.optim.zeroth_order.cge import CGE
 from lightning_trust.optim.zeroth_order.estimator import GradientEstimator
+from lightning_trust.optim.zeroth_order.forward_gradient import ForwardGradient
+from lightning_trust.optim.zeroth_order.mezo import MeZO
+from lightning_trust.optim.zeroth_order.optimizer import ZerothOrderOptimizer
 from lightning_trust.optim.zeroth_order.oracle import Estimate, LossOracle
 from lightning_trust.optim.zeroth_order.rge import RGE
+from lightning_trust.optim.zeroth_order.zo_adam import ZOAdam
+from lightning_trust.optim.zeroth_order.zo_conservative import ZOConservative
+from lightning_trust.optim.zeroth_order.zo_sgd import ZOSGD
+from lightning_trust.optim.zeroth_order.zo_sign_sgd import ZOSignSGD
+from lightning_trust.optim.zeroth_order.zo_svrg import ZOSVRG
 
-__all__ = ["CGE", "RGE", "Estimate", "GradientEstimator", "LossOracle"]
+__all__ = [
+    "CGE",
+    "RGE",
+    "ZOSGD",
+    "ZOSVRG",
+    "Estimate",
+    "ForwardGradient",
+    "GradientEstimator",
+    "LossOracle",
+    "MeZO",
+    "ZOAdam",
+    "ZOConservative",
+    "ZOSignSGD",
+    "ZerothOrderOptimizer",
+]

@@ -31,9 +31,9 @@ class CGE(GradientEstimator):
     .. math:: \hat g_i = \frac{l(\theta + \mu e_i) - l(\theta)}{\mu}
         \quad\text{or}\quad \frac{l(\theta + \mu e_i) - l(\theta - \mu e_i)}{2 \mu}
 
-    for the entries :math:`i` that masks leave active; the others' estimate is 0. It costs as many queries as there are
-    active weights, and one more; central differences cost twice as many. There is no sampling error, and the bias is
-    about :math:`\mu / 2` times the second derivative (one-sided).
+    for the entries :math:`i` that masks leave active; the others' estimate is 0. It costs one query, at the
+    weights as they are, and one for every active weight; two with central differences. There is no sampling error, and
+    the bias is about :math:`\mu / 2` times the second derivative (one-sided).
 
     Coordinates are evaluated many at a time. Where the network is a chain of blocks (``nn.Sequential``, this package's
     and torchvision's ResNets, or a network with a method ``blocks``; see
@@ -61,7 +61,7 @@ class CGE(GradientEstimator):
         >>> weight = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
         >>> found = CGE(mu=0.1, central=True).estimate(lambda: weight.square().sum(), [weight])
         >>> weight.grad, found.queries
-        (tensor([2.0000, 4.0000], dtype=torch.float64), 4)
+        (tensor([2.0000, 4.0000], dtype=torch.float64), 5)
 
     """
 
@@ -95,7 +95,7 @@ class CGE(GradientEstimator):
         """Add ``scale`` times the estimate to the ``.grad`` of the oracle's parameters."""
         places = {name: _active(oracle, name) for name in oracle.parameters}
         queries = self._queries(oracle)
-        base = oracle() if queries is None else queries.base
+        base = oracle.base() if queries is None else queries.base
         costs = _costs(oracle, queries, places)
         share = oracle.share(costs)
         found: list[Tensor] = []

@@ -72,9 +72,7 @@ class SeededDirections:
         return max(square, 1e-300) ** 0.5
 
     @torch.no_grad()
-    def move(
-        self, seed: int, by: float | Mapping[str, float], shrink: Mapping[str, float] | None = None
-    ) -> None:
+    def move(self, seed: int, by: float | Mapping[str, float], shrink: Mapping[str, float] | None = None) -> None:
         """Add ``by`` times the direction to the weights, which are multiplied by ``shrink`` before.
 
         Args:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.optimizer import ParamsT
 
 from lightning_trust.core.randomness import derived_seed
 from lightning_trust.optim.layers import check_range
 from lightning_trust.optim.zeroth_order.directions import SeededDirections
 from lightning_trust.optim.zeroth_order.optimizer import ZerothOrderOptimizer
-from lightning_trust.optim.zeroth_order.oracle import LossOracle, check_count, check_finite, check_mu
-from lightning_trust.optim.zeroth_order.rge import RGE
+from lightning_trust.optim.zeroth_order.oracle import Estimate, LossOracle, check_count, check_finite, check_mu
+from lightning_trust.optim.zeroth_order.rge import RGE, slopes_snr
 
 
 class MeZO(ZerothOrderOptimizer):
@@ -36,13 +35,14 @@ class MeZO(ZerothOrderOptimizer):
         q: Number of directions a step.
         weight_decay: Weight decay :math:`\lambda`, at least 0.
         undecayed: Parts of names of parameters that are not decayed.
-        seed: Seed of the directions.
+        seed: Seed of the directions; the one of ``seed_everything`` if None.
         module: Not used; here for all zeroth-order optimizers to be made alike.
 
     Raises:
         ValueError: If an argument is out of its range.
 
     Example:
+        >>> import torch
         >>> weight = torch.tensor([1.0, -2.0], requires_grad=True)
         >>> optimizer = MeZO([weight], lr=0.05)
         >>> losses = [float(optimizer.step(lambda: weight.square().sum())) for _ in range(200)]
@@ -61,7 +61,7 @@ class MeZO(ZerothOrderOptimizer):
         q: int = 1,
         weight_decay: float = 0.0,
         undecayed: tuple[str, ...] = ("bias", "layernorm", "layer_norm"),
-        seed: int = 0,
+        seed: int | None = None,
         module: nn.Module | None = None,
     ) -> None:
         check_range("lr", lr)
@@ -72,9 +72,8 @@ class MeZO(ZerothOrderOptimizer):
         self.mu = mu
         self.q = q
         self.undecayed = undecayed
-        self._directions: SeededDirections | None = None
 
-    def move(self, oracle: LossOracle) -> Tensor:
+    def move(self, oracle: LossOracle) -> Estimate:
         """Take one step."""
         if self.q > 1 or oracle.splits:
             return self._move_by_several(oracle)
@@ -95,26 +94,24 @@ class MeZO(ZerothOrderOptimizer):
             if offset:
                 directions.move(seed, -offset)
             raise
-        rates, shrink = self._settings()
+        rates, shrink = self._settings(oracle)
         value = float(slope)
         # one pass over the weights for the way back and the update
         by = {name: self.mu * shrink[name] - rate * value for name, rate in rates.items()}
         directions.move(seed, by, shrink)
-        self.last_snr = RGE(1, self.mu)._snr(slope, oracle.dimensions, 1, above)
-        return (above + below) / 2.0
+        return oracle.estimate((above + below) / 2.0, slopes_snr(slope, oracle.dimensions, self.mu, above))
 
-    def _move_by_several(self, oracle: LossOracle) -> Tensor:
+    def _move_by_several(self, oracle: LossOracle) -> Estimate:
         slopes = RGE(self.q, self.mu).slopes(oracle)
-        rates, shrink = self._settings()
+        rates, shrink = self._settings(oracle)
         for place, (seed, factor) in enumerate(zip(slopes.seeds, slopes.factors(), strict=True)):
             by = {name: -rate * factor for name, rate in rates.items()}
             slopes.directions.move(seed, by, shrink if place == 0 else None)
-        self.last_snr = slopes.estimate.snr
-        return slopes.estimate.loss
+        return slopes.estimate
 
-    def _settings(self) -> tuple[dict[str, float], dict[str, float]]:
+    def _settings(self, oracle: LossOracle) -> tuple[dict[str, float], dict[str, float]]:
         """Learning rate and factor of each parameter."""
-        names = {id(parameter): name for name, parameter in self.named().items()}
+        names = {id(parameter): name for name, parameter in oracle.parameters.items()}
         rates, shrink = {}, {}
         for group in self.param_groups:
             for parameter in group["params"]:

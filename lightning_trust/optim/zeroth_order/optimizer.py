@@ -6,17 +6,16 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lightning_trust.core.randomness import derived_seed
+from lightning_trust.core.randomness import default_seed, derived_seed
 from lightning_trust.optim.zeroth_order.estimator import GradientEstimator
-from lightning_trust.optim.zeroth_order.oracle import LossOracle
+from lightning_trust.optim.zeroth_order.oracle import Estimate, LossOracle
 
-#: Makes the oracle of one step: called with the names of what is trained, the seed, and the loss of a first evaluation.
-MakeOracle = Callable[..., LossOracle]
+#: Makes the oracle of one step from its closure and seed; None where there is no loss.
+MakeOracle = Callable[[Callable[[], Any], int], LossOracle | None]
 
 
 class ZerothOrderOptimizer(Optimizer):
@@ -32,7 +31,8 @@ class ZerothOrderOptimizer(Optimizer):
         params: Parameters, named parameters, or parameter groups.
         defaults: Settings of a group.
         module: The network, for estimators that use more of it than its losses.
-        seed: Seed of the directions; they are drawn anew in every step, from the seed and the number of the step.
+        seed: Seed of the directions, which are drawn anew in every step from it and the number of the step; the one of
+            ``seed_everything`` if None.
 
     """
 
@@ -40,12 +40,14 @@ class ZerothOrderOptimizer(Optimizer):
     published_steps: ClassVar[int | None] = None
 
     def __init__(
-        self, params: ParamsT, defaults: dict[str, Any], module: nn.Module | None = None, seed: int = 0
+        self, params: ParamsT, defaults: dict[str, Any], module: nn.Module | None = None, seed: int | None = None
     ) -> None:
         super().__init__(params, {**defaults, "zo_step": 0})
         self.module = module
-        self.seed = seed
+        self.seed = default_seed() if seed is None else seed
         self._oracle: MakeOracle | None = None
+        #: what the last step found and cost
+        self.last: Estimate | None = None
         self._checked = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -87,39 +89,27 @@ class ZerothOrderOptimizer(Optimizer):
             raise ValueError(
                 f"Expected argument `closure` of {type(self).__name__}.step to evaluate the loss, but got None."
             )
-        parameters = self.named()
         seed = derived_seed(self.seed, "step", self.steps_taken)
         if self._oracle is not None:
-            oracle = self._oracle(closure, parameters, seed)
+            made = self._oracle(closure, seed)
+            if made is None:
+                # a batch that the host skips
+                return None
+            oracle = made
         else:
-            oracle = LossOracle(closure, parameters, module=self.module, network=self.module, seed=seed)
+            oracle = LossOracle(closure, self.named(), module=self.module, network=self.module, seed=seed)
             if not self._checked:
                 oracle.check_repeatable()
                 oracle.queries = 0
                 self._checked = True
-        loss = self.move(oracle)
+        self.last = self.move(oracle)
         for group in self.param_groups:
             group["zo_step"] += 1
-        return loss
+        return self.last.loss
 
-    def move(self, oracle: LossOracle) -> Tensor:
-        """Take one step; returns a loss to show."""
+    def move(self, oracle: LossOracle) -> Estimate:
+        """Take one step."""
         raise NotImplementedError
-
-    def one_value(self, name: str) -> float:
-        """A setting that all groups must share.
-
-        Raises:
-            MisconfigurationException: If they do not.
-
-        """
-        found = {group[name] for group in self.param_groups}
-        if len(found) > 1:
-            raise MisconfigurationException(
-                f"{type(self).__name__} moves all weights along one direction, so its groups must share `{name}`, but"
-                f" got {sorted(found)}."
-            )
-        return float(next(iter(found)))
 
 
 class EstimatingOptimizer(ZerothOrderOptimizer):
@@ -131,7 +121,7 @@ class EstimatingOptimizer(ZerothOrderOptimizer):
         defaults: Settings of a group, those of ``base`` included.
         estimator: Estimates the gradient.
         module: The network, for estimators that use more of it than its losses.
-        seed: Seed of the directions.
+        seed: Seed of the directions; the one of ``seed_everything`` if None.
 
     """
 
@@ -142,26 +132,25 @@ class EstimatingOptimizer(ZerothOrderOptimizer):
         defaults: dict[str, Any],
         estimator: GradientEstimator,
         module: nn.Module | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__(params, defaults, module, seed)
         self.estimator = estimator
         self._base = base(self.param_groups)
 
-    def move(self, oracle: LossOracle) -> Tensor:
+    def move(self, oracle: LossOracle) -> Estimate:
         """Estimate the gradient, and step."""
         self.zero_grad(set_to_none=False)
-        estimate = self.estimator.add(oracle)
-        self.change(oracle)
+        estimate = self.write_gradient(oracle)
         self.take_step()
-        return estimate.loss
+        return estimate
 
-    def change(self, oracle: LossOracle) -> None:
-        """Change the estimate before the step."""
+    def write_gradient(self, oracle: LossOracle) -> Estimate:
+        """Add to ``.grad``, which is zero, what the step is taken along."""
+        return self.estimator.add(oracle)
 
     def take_step(self) -> None:
         """Let torch's optimizer step from ``.grad``."""
         # loading a state dict makes new groups and states
         self._base.param_groups, self._base.state = self.param_groups, self.state
         self._base.step()
-

@@ -55,6 +55,7 @@ class LossOracle:
             hold the same batch and each asks a share; values are put together.
         restores_random_state: Whether ``loss`` itself draws the same random numbers at every call. Otherwise the state
             of torch's generators is put back before each, so that dropout is the same.
+        clean: The loss at the weights as they are, where it was evaluated already.
 
     Raises:
         ValueError: If nothing is left to be trained, or a mask fits no parameter.
@@ -72,6 +73,7 @@ class LossOracle:
         seed: int = 0,
         parallel: Parallel = "data",
         restores_random_state: bool = False,
+        clean: Tensor | None = None,
     ) -> None:
         if not isinstance(parameters, Mapping):
             parameters = {f"parameters[{place}]": parameter for place, parameter in enumerate(parameters)}
@@ -97,6 +99,7 @@ class LossOracle:
         self.network = network
         self.seed = seed
         self.parallel = parallel
+        self.clean = clean
         self.queries = 0
         self.bytes_sent = 0
         self._state = None if restores_random_state else _generators(self.device)
@@ -115,11 +118,20 @@ class LossOracle:
         """Whether the ranks ask different queries."""
         return self.parallel == "queries" and world_size() > 1
 
+    def of_another_batch(self, loss: Callable[[], Any], seed: int) -> LossOracle:
+        """An oracle of the same parameters for another loss."""
+        restores = self._state is None
+        return LossOracle(loss, self.parameters, self.module, self.network, self.masks, seed, self.parallel, restores)
+
     @torch.no_grad()
     def __call__(self) -> Tensor:
         """The loss at the present weights, one query; a detached scalar of at least single precision."""
         self.queries += 1
         return self.scalar(self.value())
+
+    def base(self) -> Tensor:
+        """The loss at the weights as they are."""
+        return self() if self.clean is None else self.scalar(self.clean)
 
     def value(self) -> Tensor:
         """What the loss gives at the present weights, with the random numbers of every other call."""
@@ -143,8 +155,17 @@ class LossOracle:
             ValueError: With both values.
 
         """
-        first, second = self(), self()
-        if not _equal(first, second):
+        self.check_repeats(self())
+
+    def check_repeats(self, first: Tensor) -> None:
+        """Refuse a loss that differs from what it was at the same weights.
+
+        Raises:
+            ValueError: With both values.
+
+        """
+        second = self()
+        if not same_loss(first, second):
             raise ValueError(
                 "Expected the loss to be the same when it is evaluated twice at the same weights, but got"
                 f" {float(first):.9g} and {float(second):.9g}: a stochastic closure. Freeze its randomness: evaluate"
@@ -231,9 +252,9 @@ def check_count(name: str, value: int) -> None:
         raise ValueError(f"Expected argument `{name}` to be an integer of at least 1, but got {value!r}.")
 
 
-def _equal(first: Tensor, second: Tensor) -> bool:
+def same_loss(first: Tensor, second: Tensor) -> bool:
+    """Whether two losses are equal up to the rounding of a few operations; two that are no numbers are."""
     gap = abs(float(first) - float(second))
-    # not a number twice is for another message
     return not gap > 16.0 * max(resolution(first), resolution(second))
 
 

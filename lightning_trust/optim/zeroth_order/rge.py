@@ -82,6 +82,10 @@ class RGE(GradientEstimator):
             slopes.directions.add_to_gradients(seed, scale * factor)
         return slopes.estimate
 
+    @property
+    def _kind(self) -> tuple[bool, bool]:
+        return self.central, self.distribution == "normal"
+
     def slopes(self, oracle: LossOracle) -> Slopes:
         """The derivatives along the directions, which are all there is to know of the estimate."""
         directions = SeededDirections(oracle.parameters, self.distribution, oracle.masks)
@@ -90,7 +94,7 @@ class RGE(GradientEstimator):
         kept = {name: value.detach().clone() for name, value in oracle.parameters.items()} if exact else {}
         seeds = [derived_seed(oracle.seed, place) for place in range(self.q)]
         lengths = [directions.length(seed) for seed in seeds]
-        base = None if self.central else oracle()
+        base = None if self.central else oracle.base()
         found: list[Tensor] = []
         levels: list[Tensor] = []
         for place in range(self.q)[oracle.share(self.q)]:
@@ -120,14 +124,8 @@ class RGE(GradientEstimator):
         loss = base if base is not None else torch.stack(levels).mean() if levels else values.new_zeros(())
         # on the sphere an entry has the variance 1 / d
         factor = oracle.dimensions if self.distribution == "sphere" else 1
-        estimate = oracle.estimate(loss, self._snr(values, oracle.dimensions, factor, loss))
-        return Slopes(directions, seeds, lengths, values, factor, estimate)
-
-    def _snr(self, values: Tensor, dimensions: int, factor: int, loss: Tensor) -> float:
-        spread = dimensions + 1 if self.distribution == "normal" else max(dimensions - 1, 0)
-        lost = factor * (0.5 if self.central else 2.0) * (resolution(loss) / self.mu) ** 2
-        square = factor * float(values.square().mean())
-        return signal_to_noise(square, lost, spread / self.q, dimensions * lost / self.q)
+        snr = slopes_snr(values * factor**0.5, oracle.dimensions, self.mu / factor**0.5, loss, *self._kind)
+        return Slopes(directions, seeds, lengths, values, factor, oracle.estimate(loss, snr))
 
 
 @dataclass(frozen=True)
@@ -156,6 +154,26 @@ class Slopes:
         slopes = (self.values if values is None else values).tolist()
         count = len(slopes)
         return [self.dimensions * slope / (count * own) for slope, own in zip(slopes, self.lengths, strict=True)]
+
+
+def slopes_snr(
+    values: Tensor, dimensions: int, mu: float, loss: Tensor, central: bool = True, normal: bool = True
+) -> float:
+    """Signal-to-noise ratio of an estimate from derivatives along directions whose entries have the variance 1.
+
+    Args:
+        values: The derivatives.
+        dimensions: Number of weights.
+        mu: Length of a difference along such a direction.
+        loss: A loss, for its size and precision.
+        central: Whether the differences are central.
+        normal: Whether the directions are normal; their length is fixed otherwise.
+
+    """
+    lost = (0.5 if central else 2.0) * (resolution(loss) / mu) ** 2
+    spread = dimensions + 1 if normal else max(dimensions - 1, 0)
+    count = len(values)
+    return signal_to_noise(float(values.square().mean()), lost, spread / count, dimensions * lost / count)
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.optim.optimizer import ParamsT
@@ -30,7 +32,7 @@ class ZOAdam(EstimatingOptimizer):
         eps: Added to the denominator, at least 0.
         weight_decay: Weight decay, added to the estimate, at least 0.
         module: The network, for estimators that use more of it than its losses.
-        seed: Seed of the directions.
+        seed: Seed of the directions; the one of ``seed_everything`` if None.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -53,11 +55,11 @@ class ZOAdam(EstimatingOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         module: nn.Module | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
-        settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        settings: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(
-            lambda groups: torch.optim.Adam(groups, **settings),  # type: ignore[arg-type]
+            lambda groups: torch.optim.Adam(groups, **settings),
             params,
             settings,
             estimator or RGE(),

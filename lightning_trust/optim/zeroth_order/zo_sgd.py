@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.optim.optimizer import ParamsT
@@ -31,7 +33,7 @@ class ZOSGD(EstimatingOptimizer):
         weight_decay: Weight decay :math:`\lambda`, at least 0.
         nesterov: Whether the momentum is Nesterov's.
         module: The network, for estimators that use more of it than its losses.
-        seed: Seed of the directions.
+        seed: Seed of the directions; the one of ``seed_everything`` if None.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -54,12 +56,12 @@ class ZOSGD(EstimatingOptimizer):
         weight_decay: float = 0.0,
         nesterov: bool = False,
         module: nn.Module | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         check_range("momentum", momentum, high=1.0)
-        settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
+        settings: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
         super().__init__(
-            lambda groups: torch.optim.SGD(groups, **settings),  # type: ignore[arg-type]
+            lambda groups: torch.optim.SGD(groups, **settings),
             params,
             settings,
             estimator or RGE(),
