@@ -20,20 +20,35 @@ from lightning_trust.nn.networks import create_network
 from lightning_trust.nn.resnet import ThinResNet, resnet18_small, resnet20
 from lightning_trust.nn.small_cnn import SmallCNN
 from lightning_trust.nn.zeroth_order import (
+    AutogradDerivatives,
+    BlackBoxLayer,
+    BlackBoxStatistics,
+    DerivativeEstimator,
+    FiniteDifference,
+    MuSuggestion,
     Simulator,
     SimulatorAnswerError,
     SimulatorAnswers,
     SimulatorCounts,
     SimulatorError,
     SineMLP,
+    SparseGridDerivatives,
+    SteinDerivatives,
     TTLinear,
+    suggest_mu,
     tensorize,
 )
 
 __all__ = [
+    "AutogradDerivatives",
+    "BlackBoxLayer",
+    "BlackBoxStatistics",
     "CurveNetwork",
+    "DerivativeEstimator",
+    "FiniteDifference",
     "MoEConv2d",
     "MoENetwork",
+    "MuSuggestion",
     "Router",
     "Routing",
     "RoutingContext",
@@ -44,6 +59,8 @@ __all__ = [
     "SimulatorError",
     "SineMLP",
     "SmallCNN",
+    "SparseGridDerivatives",
+    "SteinDerivatives",
     "TTLinear",
     "ThinResNet",
     "WeightEnsemble",
@@ -55,5 +72,6 @@ __all__ = [
     "resnet18_small",
     "resnet20",
     "straight_through_top1",
+    "suggest_mu",
     "tensorize",
 ]
