@@ -57,6 +57,9 @@ class ZerothOrderGradient(HostCallback):
             has its own.
 
     Attributes:
+        queries: Losses that the run has asked of this rank so far.
+        equivalent_forwards: What they cost in forward passes of the network.
+        bytes_sent: Bytes that this rank handed to collective operations.
         masks: By the names of parameters, which entries are asked; set by callbacks such as ``DynamicSparseGradient``.
 
     Raises:
@@ -95,8 +98,9 @@ class ZerothOrderGradient(HostCallback):
         self.network = network
         self.clean_forward = clean_forward
         self.masks: Mapping[str, Tensor] = {}
-        self._queries = 0
-        self._forwards = 0.0
+        self.queries = 0
+        self.equivalent_forwards = 0.0
+        self.bytes_sent = 0
         self._found: Estimate | None = None
         self._chain: StepChain | None = None
         self._checked = False
@@ -288,8 +292,9 @@ class ZerothOrderGradient(HostCallback):
     # -- what was found ------------------------------------------------------------------------------------------------
     def _note(self, estimate: Estimate) -> None:
         self._found = estimate
-        self._queries += estimate.queries
-        self._forwards += estimate.equivalent_forwards
+        self.queries += estimate.queries
+        self.equivalent_forwards += estimate.equivalent_forwards
+        self.bytes_sent += estimate.bytes_sent
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log what the estimate found and cost."""
@@ -298,31 +303,22 @@ class ZerothOrderGradient(HostCallback):
                 self._note(optimizer.last)
         if self._found is not None:
             pl_module.log("trust/zo_snr", self._found.snr)
-            pl_module.log("trust/zo_queries", float(self._queries))
+            pl_module.log("trust/zo_queries", float(self.queries))
             self._found = None
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
-    @property
-    def queries(self) -> int:
-        """Losses that the run has asked of a rank so far."""
-        return self._queries
-
-    @property
-    def equivalent_forwards(self) -> float:
-        """What they cost in forward passes of the network."""
-        return self._forwards
-
     def begin(self, trainer: Any, host: Any) -> None:
         """Start a fresh fit."""
-        self._queries, self._forwards = 0, 0.0
+        self.queries, self.equivalent_forwards, self.bytes_sent = 0, 0.0, 0
 
     def resume(self, trainer: Any, host: Any, state: dict[str, Any]) -> None:
         """Go on counting."""
-        self._queries, self._forwards = state["queries"], state["forwards"]
+        self.queries, self.equivalent_forwards = state["queries"], state["forwards"]
+        self.bytes_sent = state["bytes"]
 
     def state(self) -> dict[str, Any]:
         """What the queries have come to."""
-        return {"queries": self._queries, "forwards": self._forwards}
+        return {"queries": self.queries, "forwards": self.equivalent_forwards, "bytes": self.bytes_sent}
 
     def _leave(self) -> None:
         if self.attachment is not None and self.attachment.trainer is not None:
