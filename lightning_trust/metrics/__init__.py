@@ -3,6 +3,7 @@
 from lightning_trust.metrics.expert_routing import ExpertUtilisation, RouterRobustness
 from lightning_trust.metrics.macro_auroc import MacroAUROC
 from lightning_trust.metrics.membership_inference import MembershipInference
+from lightning_trust.metrics.relative_l2 import RelativeL2
 from lightning_trust.metrics.robust_accuracy import RobustAccuracy
 from lightning_trust.metrics.saliency_fidelity import SaliencyFidelity
 from lightning_trust.metrics.shortcut_reliance import ShortcutReliance
@@ -11,6 +12,7 @@ __all__ = [
     "ExpertUtilisation",
     "MacroAUROC",
     "MembershipInference",
+    "RelativeL2",
     "RobustAccuracy",
     "RouterRobustness",
     "SaliencyFidelity",
