@@ -26,8 +26,9 @@ class VJPEstimate:
         one_sided: Number of differences of which a side, in one coordinate at least, stayed at the middle because the
             box or a missing answer wanted it so.
         missing: Number of directions without a difference, for each sample, shape ``(B,)``.
-        snr: Signal to noise of the estimate, the mean over coordinates of squared mean over variance of that mean;
-            NaN for fewer than two directions and for coordinates, which have no noise.
+        snr: Signal to noise of the estimate: squared mean over variance of that mean, each summed over samples and
+            coordinates, less the 1 that noise alone would give, and not below 0. For linear :math:`g` about
+            :math:`q / (d + 1)`. NaN for fewer than two directions and for coordinates, which have no such noise.
 
     """
 
@@ -253,9 +254,6 @@ def _asked(answers: Answers, points: Tensor, ends: Tensor, base: Tensor | None) 
 def _snr(mean: Tensor, squares: Tensor, found: Tensor) -> float:
     if not mean.numel() or int(found.min()) < 2:
         return float("nan")
-    # variance of the mean, from the spread of the directions
-    variance = (squares / found - mean.square()).clamp(min=0.0) / (found - 1)
-    moving = variance > 0.0
-    if not bool(moving.any()):
-        return float("nan")
-    return float((mean.square()[moving] / variance[moving]).mean())
+    # of the mean, from the spread of the directions
+    variance = float(((squares / found - mean.square()).clamp(min=0.0) / (found - 1)).sum())
+    return max(0.0, float(mean.square().sum()) / variance - 1.0) if variance > 0.0 else float("nan")

@@ -185,8 +185,16 @@ def test_signal_to_noise():
     contributions = u * ((u @ A.T) * V).sum(dim=-1, keepdim=True)
     mean, variance = contributions.mean(dim=0), contributions.var(dim=0) / 500
     found = random_vjp(Linear(), Z, V, u, 0.1)
-    assert found.snr == pytest.approx(float((mean.square() / variance).mean()), rel=1e-8)
+    assert found.snr == pytest.approx(float(mean.square().sum() / variance.sum()) - 1.0, rel=1e-8)
+    assert found.snr == pytest.approx(500 / (D + 1), rel=0.2)
     assert np.isnan(random_vjp(Linear(), Z, V, u[:1], 0.1).snr)
+
+    # noise alone
+    def noise(points, rows):
+        return torch.randn(len(points), M, generator=generator(11), dtype=torch.float64)
+
+    z, v = draw(500, D, seed=12), draw(500, M, seed=13)
+    assert random_vjp(noise, z, v, draw(4, 500, D, seed=14), 0.1).snr < 0.1
 
 
 def test_bad_input():
