@@ -14,18 +14,34 @@ from lightning_trust.datamodules.digits import Digits
 from lightning_trust.datamodules.fashion_mnist import FashionMNIST
 from lightning_trust.datamodules.image_rows import ImageRows, ImageRowsDataModule, RandomShiftFlip
 from lightning_trust.datamodules.unlearning import ForgetClass, ForgetIndices, ForgetRandom, ForgetSplit
+from lightning_trust.datamodules.zeroth_order import (
+    HJB20,
+    BlackScholes1D,
+    CollocationPoints,
+    Heat,
+    PDEDataModule,
+    PDEProblem,
+    Poisson,
+)
 
 __all__ = [
     "CIFAR10",
+    "HJB20",
+    "BlackScholes1D",
     "CXRDataModule",
+    "CollocationPoints",
     "Digits",
     "FashionMNIST",
     "ForgetClass",
     "ForgetIndices",
     "ForgetRandom",
     "ForgetSplit",
+    "Heat",
     "ImageRows",
     "ImageRowsDataModule",
+    "PDEDataModule",
+    "PDEProblem",
+    "Poisson",
     "PseudoLabeledData",
     "RandomShiftFlip",
     "RepeatBatches",
