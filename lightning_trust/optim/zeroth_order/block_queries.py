@@ -22,7 +22,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from lightning_trust.core.blocks import split
 from lightning_trust.core.modes import unused_running_statistics
 from lightning_trust.core.weights import substituted
-from lightning_trust.optim.zeroth_order.oracle import LossOracle
+from lightning_trust.optim.zeroth_order.oracle import LossOracle, same_loss
 
 #: layers that work on each entry by itself
 _ELEMENTWISE = (
@@ -117,7 +117,7 @@ class BlockQueries:
         if any(block.training and _random(block) for block in blocks):
             return None
         queries = BlockQueries(oracle, blocks, memory, vectorized)
-        return queries if queries._calls else None
+        return queries if queries._calls and not queries._loss_reads_weights() else None
 
     # -- the clean pass ------------------------------------------------------------------------------------------------
     def _clean_pass(self) -> list[_Call]:
@@ -137,6 +137,20 @@ class BlockQueries:
         except _NotAChainError:
             return []
         return calls
+
+    @torch.no_grad()
+    def _loss_reads_weights(self) -> bool:
+        """Whether the loss depends on weights otherwise than through the network's outputs, as a penalty does."""
+        inside = [self.oracle.parameters[name] for name in self.block_of]
+        kept = [parameter.detach().clone() for parameter in inside]
+        try:
+            for parameter in inside:
+                parameter.data.add_(1.0)
+            found = self.oracle.scalar(self._loss_of(*(call.inputs[-1] for call in self._calls)))
+        finally:
+            for parameter, value in zip(inside, kept, strict=True):
+                parameter.data.copy_(value)
+        return not same_loss(found, self.base)
 
     @property
     def _network(self) -> nn.Module:
@@ -239,11 +253,17 @@ class BlockQueries:
         moved = parameter.detach().reshape(1, -1).repeat(len(places), 1)
         moved.scatter_add_(1, places[:, None], torch.full_like(moved[:, :1], by))
 
-        def output(value: Tensor) -> Tensor:
-            with substituted(block, {name: value}):
-                return block(x.clone() if _in_place(block) else x)
+        values = moved.view(-1, *parameter.shape)
 
-        return torch.func.vmap(output)(moved.view(-1, *parameter.shape))
+        def output(value: Tensor, inputs: Tensor) -> Tensor:
+            with substituted(block, {name: value}):
+                return block(inputs.clone() if _in_place(block) else inputs)
+
+        try:
+            return torch.func.vmap(output, in_dims=(0, None))(values, x)
+        except RuntimeError:
+            # what the weight does not reach is written to in place: all of the block is computed for each coordinate
+            return torch.func.vmap(output)(values, x.expand(len(places), *x.shape))
 
     # -- the blocks after it -------------------------------------------------------------------------------------------
     def _through(self, call: _Call, place: int, state: Tensor | _Channels) -> Tensor | _Channels:

@@ -90,6 +90,7 @@ class CGE(GradientEstimator):
         # what a loss was found not to bear
         self._vectorized_outputs = True
         self._vectorized_weights = True
+        self._reads_through_module: bool | None = None
 
     def add(self, oracle: LossOracle, scale: float = 1.0) -> Estimate:
         """Add ``scale`` times the estimate to the ``.grad`` of the oracle's parameters."""
@@ -131,8 +132,9 @@ class CGE(GradientEstimator):
             found = "no network" if oracle.network is None else type(oracle.network).__name__
             raise MisconfigurationException(
                 "feature_reuse=True needs a network that is nn.Sequential or implements SplitModule (a method `blocks`"
-                " that returns the modules its forward pass is a chain of), that the loss calls with one tensor, and"
-                f" that has no hooks, but got {found}. Leave feature_reuse='auto'."
+                " that returns the modules its forward pass is a chain of), has no hooks, is called with one tensor,"
+                f" and whose outputs are all that the loss reads of the weights, but got {found}. Leave"
+                " feature_reuse='auto'."
             )
         return queries
 
@@ -155,7 +157,9 @@ class CGE(GradientEstimator):
     @torch.no_grad()
     def _whole_losses(self, oracle: LossOracle, name: str, places: Tensor, by: float) -> Tensor:
         chunk = self._chunk(oracle, name)
-        if chunk > 1 and oracle.module is not None and self._vectorized_weights:
+        if chunk > 1 and oracle.module is not None and self._reads_through_module is None:
+            self._reads_through_module = oracle.reads_through(oracle.module)
+        if chunk > 1 and oracle.module is not None and self._vectorized_weights and self._reads_through_module:
             try:
                 return torch.cat([_vectorized(oracle, oracle.module, name, some, by) for some in places.split(chunk)])
             except (RuntimeError, TypeError, ValueError):

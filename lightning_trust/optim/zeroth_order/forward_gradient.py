@@ -47,6 +47,7 @@ class ForwardGradient(GradientEstimator):
     def __init__(self, q: int = 1) -> None:
         check_count("q", q)
         self.q = q
+        self._checked = False
 
     def add(self, oracle: LossOracle, scale: float = 1.0) -> Estimate:
         """Add ``scale`` times the estimate to the ``.grad`` of the oracle's parameters."""
@@ -55,6 +56,12 @@ class ForwardGradient(GradientEstimator):
                 "ForwardGradient computes with derivatives in the place of parameters, so it must be told which module"
                 " holds them: pass `module=` to `estimate` or to the optimizer."
             )
+        if not self._checked and not oracle.reads_through(oracle.module):
+            raise MisconfigurationException(
+                f"ForwardGradient puts derivatives in the place of the parameters of {type(oracle.module).__name__},"
+                " but the loss takes its parameters from elsewhere. Let it read them from the module at every call."
+            )
+        self._checked = True
         found: list[Tensor] = []
         loss = torch.zeros((), device=oracle.device)
         for place in range(self.q)[oracle.share(self.q)]:

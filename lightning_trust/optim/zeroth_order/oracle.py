@@ -12,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_trust.core.distributed import mean_over_ranks, rank, sum_over_ranks_, world_size
+from lightning_trust.core.weights import substituted
 
 #: What the ranks share: each has data of its own and all queries are asked of all, or all hold the same batch and each
 #: asks a part of the queries.
@@ -171,6 +172,29 @@ class LossOracle:
                 f" {float(first):.9g} and {float(second):.9g}: a stochastic closure. Freeze its randomness: evaluate"
                 " one batch in all calls, and draw from torch's global generators, which are put back, or not at all."
             )
+
+    @torch.no_grad()
+    def reads_through(self, module: nn.Module) -> bool:
+        """Whether the loss takes its parameters from a module, so that others can be put in their place there."""
+        names_in = {id(parameter): name for name, parameter in module.named_parameters()}
+        if any(id(parameter) not in names_in for parameter in self.parameters.values()):
+            return False
+        moved = {
+            names_in[id(parameter)]: parameter.detach() + 0.01 * (1 + place % 7)
+            for place, parameter in enumerate(self.parameters.values())
+        }
+        kept = [parameter.detach().clone() for parameter in self.parameters.values()]
+        with substituted(module, moved):
+            first = self()
+        try:
+            for place, parameter in enumerate(self.parameters.values()):
+                parameter.data.add_(0.01 * (1 + place % 7))
+            second = self()
+        finally:
+            for parameter, value in zip(self.parameters.values(), kept, strict=True):
+                parameter.data.copy_(value)
+        self.queries -= 2
+        return same_loss(first, second)
 
     # -- ranks ---------------------------------------------------------------------------------------------------------
     def share(self, costs: Tensor | int) -> slice:
