@@ -16,6 +16,7 @@ from lightning_trust.nn.adversarial import (
     moe_small_cnn,
     straight_through_top1,
 )
+from lightning_trust.nn.language import LoRA, create_causal_network, find_adapter, with_lora
 from lightning_trust.nn.networks import create_network
 from lightning_trust.nn.resnet import ThinResNet, resnet18_small, resnet20
 from lightning_trust.nn.small_cnn import SmallCNN
@@ -46,6 +47,7 @@ __all__ = [
     "CurveNetwork",
     "DerivativeEstimator",
     "FiniteDifference",
+    "LoRA",
     "MoEConv2d",
     "MoENetwork",
     "MuSuggestion",
@@ -66,7 +68,9 @@ __all__ = [
     "WeightEnsemble",
     "convert_to_moe",
     "count_multiply_adds",
+    "create_causal_network",
     "create_network",
+    "find_adapter",
     "moe_resnet18",
     "moe_small_cnn",
     "resnet18_small",
@@ -74,4 +78,5 @@ __all__ = [
     "straight_through_top1",
     "suggest_mu",
     "tensorize",
+    "with_lora",
 ]
