@@ -27,7 +27,7 @@ class ZOConservative(ZerothOrderOptimizer):
     Args:
         params: Parameters, named parameters, or parameter groups.
         lr: Learning rate :math:`\eta`, at least 0.
-        estimator: Estimates the gradient; ``RGE()`` if None.
+        estimator: Estimates the gradient; ``RGE(exact_restore=True)`` if None.
         module: The network, for estimators that use more of it than its losses.
         seed: Seed of the directions; the one of ``seed_everything`` if None.
 
@@ -53,7 +53,8 @@ class ZOConservative(ZerothOrderOptimizer):
     ) -> None:
         check_range("lr", lr)
         super().__init__(params, {"lr": lr}, module, seed)
-        self.estimator = estimator or RGE()
+        # without rounding on the way back, which would raise the loss a little
+        self.estimator = estimator or RGE(exact_restore=True)
 
     def move(self, oracle: LossOracle) -> Estimate:
         """Take one step."""
