@@ -4,5 +4,10 @@ from __future__ import annotations
 
 from lightning_trust.modules.image_classifier import ImageClassifier
 from lightning_trust.modules.multi_label_classifier import MultiLabelClassifier
+from lightning_trust.modules.zeroth_order import PINNModule
 
-__all__ = ["ImageClassifier", "MultiLabelClassifier"]
+__all__ = [
+    "ImageClassifier",
+    "MultiLabelClassifier",
+    "PINNModule",
+]
