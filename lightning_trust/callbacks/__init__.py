@@ -33,7 +33,7 @@ from lightning_trust.callbacks.unlearning import (
     UnlearningReport,
     WeightSaliency,
 )
-from lightning_trust.callbacks.zeroth_order import ZerothOrderGradient
+from lightning_trust.callbacks.zeroth_order import KnowledgeLoss, SKSQueryMonitor, ZerothOrderGradient
 
 __all__ = [
     "AWP",
@@ -51,6 +51,7 @@ __all__ = [
     "FineTune",
     "FreeAdversarialTraining",
     "GradAlign",
+    "KnowledgeLoss",
     "L1Sparse",
     "LoadWeights",
     "OODEvaluation",
@@ -60,6 +61,7 @@ __all__ = [
     "RandomLabel",
     "RobustEvaluation",
     "RobustModeConnectivity",
+    "SKSQueryMonitor",
     "SalUn",
     "SaliencyGuidedAdversarialTraining",
     "StandardAT",

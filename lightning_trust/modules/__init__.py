@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from lightning_trust.modules.image_classifier import ImageClassifier
 from lightning_trust.modules.multi_label_classifier import MultiLabelClassifier
-from lightning_trust.modules.zeroth_order import PINNModule
+from lightning_trust.modules.zeroth_order import PINNModule, SKSModule
 
-__all__ = [
-    "ImageClassifier",
-    "MultiLabelClassifier",
-    "PINNModule",
-]
+__all__ = ["ImageClassifier", "MultiLabelClassifier", "PINNModule", "SKSModule"]

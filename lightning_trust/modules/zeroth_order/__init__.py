@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from lightning_trust.modules.zeroth_order.pinn import PINNModule
+from lightning_trust.modules.zeroth_order.sks_module import SKSModule
 
-__all__ = ["PINNModule"]
+__all__ = ["PINNModule", "SKSModule"]

@@ -12,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_trust.core.distributed import sum_over_ranks_
 from lightning_trust.core.randomness import default_seed
 from lightning_trust.nn.zeroth_order.black_box_question import EstimateSettings, Question, with_gradient
 from lightning_trust.nn.zeroth_order.simulator import Executor, OnFailure, Simulator
@@ -76,7 +77,7 @@ class BlackBoxLayer(nn.Module):
             need not be differentiable; the layer then returns these losses.
         central: Whether differences are central.
         scale: The unit of each coordinate: numbers, the same for all samples or one a coordinate; ``"batch"`` for their
-            running standard deviation, kept in the layer's state; None for 1.
+            running standard deviation over the batches of all ranks, kept in the layer's state.
         bounds: Lowest and highest value that the black box takes, one for all coordinates or one each. No question
             leaves them, and a z that does is refused.
         squash: Whether z is mapped into the bounds first, by a sigmoid.
@@ -111,11 +112,10 @@ class BlackBoxLayer(nn.Module):
         UserWarning: If CGE has more than 512 coordinates.
 
     Note:
-        A second derivative is refused: estimates have none. Under DDP the running scale is that of rank 0, as the
-        statistics of BatchNorm are.
+        A second derivative is refused: estimates have none.
 
     Example:
-        >>> layer = BlackBoxLayer("numpy.sin", out_dim=2, mu=1e-4, scale=None)
+        >>> layer = BlackBoxLayer("numpy.sin", out_dim=2, mu=1e-4)
         >>> z = torch.tensor([[0.0, 1.0]], dtype=torch.float64, requires_grad=True)
         >>> layer(z).sum().backward()
         >>> z.grad
@@ -138,7 +138,7 @@ class BlackBoxLayer(nn.Module):
         mu: float = 1e-2,
         mode: Literal["vjp", "loss"] = "vjp",
         central: bool = True,
-        scale: Literal["batch"] | float | Sequence[float] | None = "batch",
+        scale: Literal["batch"] | float | Sequence[float] = "batch",
         bounds: tuple[Bound, Bound] | None = None,
         squash: bool = False,
         in_dim: int | None = None,
@@ -175,7 +175,7 @@ class BlackBoxLayer(nn.Module):
         self.mu = mu
         self.mode: Literal["vjp", "loss"] = mode
         self.central = central
-        self.scale = scale if scale is None or scale == "batch" else _positive(scale)
+        self.scale = "batch" if scale == "batch" else _positive(scale)
         self.bounds = None if bounds is None else _box(bounds)
         self.squash = squash
         self.in_dim = in_dim
@@ -332,9 +332,14 @@ class BlackBoxLayer(nn.Module):
 
     @torch.no_grad()
     def _observe(self, z: Tensor) -> None:
-        if len(z) < 2:
+        z = z.double()
+        sums = torch.stack([torch.full_like(z[:1].sum(dim=0), len(z)), z.sum(dim=0), z.square().sum(dim=0)])
+        # every rank takes part, so that all have one scale
+        sum_over_ranks_([sums])
+        count, total, squares = sums
+        if float(count[0]) < 2.0:
             return
-        found = z.double().var(dim=0).to(self.variance)
+        found = ((squares - total.square() / count) / (count - 1.0)).clamp(min=0.0).to(self.variance)
         if not self.variance.numel():
             self.variance.resize_(found.shape).copy_(found)
         else:
@@ -348,8 +353,6 @@ class BlackBoxLayer(nn.Module):
 
     def _unit(self, z: Tensor) -> Tensor | None:
         """The unit of each coordinate, for points in float64."""
-        if self.scale is None:
-            return None
         if isinstance(self.scale, Tensor):
             return self.scale.to(z)
         if not self.variance.numel():
@@ -406,7 +409,7 @@ def _simulator(
 def _positive(scale: Any) -> Tensor:
     units = torch.as_tensor(0.0 if isinstance(scale, str) else scale, dtype=torch.float64)
     if units.ndim > 1 or not bool((units > 0.0).all()) or not bool(units.isfinite().all()):
-        raise ValueError(f"Expected argument `scale` to be 'batch', None or positive numbers, but got {scale!r}.")
+        raise ValueError(f"Expected argument `scale` to be 'batch' or positive numbers, but got {scale!r}.")
     return units
 
 

@@ -72,9 +72,9 @@ def test_parameter_gradients_equal_those_of_autograd():
 
 @pytest.mark.parametrize("bounds", [None, (-4.0, 4.0)])
 def test_gradcheck(bounds):
-    layer = BlackBoxLayer(smooth, M, "cge", mu=1e-4, scale=None, tensors=True, bounds=bounds, squash=bounds is not None)
+    layer = BlackBoxLayer(smooth, M, "cge", mu=1e-4, scale=1.0, tensors=True, bounds=bounds, squash=bounds is not None)
     assert torch.autograd.gradcheck(layer, points())
-    one_sided = BlackBoxLayer(smooth, M, "cge", mu=1e-7, scale=None, tensors=True, central=False)
+    one_sided = BlackBoxLayer(smooth, M, "cge", mu=1e-7, scale=1.0, tensors=True, central=False)
     assert torch.autograd.gradcheck(one_sided, points(), atol=1e-4)
 
 
@@ -134,7 +134,7 @@ def test_a_frozen_encoder_costs_nothing_backward():
 
 
 def test_equal_points_are_asked_once():
-    layer = BlackBoxLayer(smooth_numpy, M, "cge", cache=100, scale=None)
+    layer = BlackBoxLayer(smooth_numpy, M, "cge", cache=100, scale=1.0)
     z = points()
     first = gradient(layer, z)
     asked = layer.simulator.counts.queries
@@ -186,13 +186,13 @@ def test_raise_quotes_the_point():
 @pytest.mark.parametrize("estimator", ["cge", "rge"])
 def test_drop_leaves_the_sample_out_and_the_others_as_they_are(estimator):
     z = failing()
-    layer = BlackBoxLayer(row_dependent, M, estimator, on_failure="drop", scale=None, seed=1)
+    layer = BlackBoxLayer(row_dependent, M, estimator, on_failure="drop", scale=1.0, seed=1)
     out = layer(z)
     assert layer.valid.tolist() == [True, True, False, True, True]
     assert out[2].isnan().all()
     (found,) = torch.autograd.grad(out[layer.valid].square().sum(), z)
     # the same rows, with one in between that does not fail
-    calm = BlackBoxLayer(row_dependent, M, estimator, scale=None, seed=1)
+    calm = BlackBoxLayer(row_dependent, M, estimator, scale=1.0, seed=1)
     other = points()
     rows = torch.tensor([0, 1, 3, 4])
     (expected,) = torch.autograd.grad(calm(other)[rows].square().sum(), other)
@@ -204,7 +204,7 @@ def test_a_point_of_a_difference_that_fails_is_done_without():
     z = points(1).detach().clone()
     z[0, 0] = 50.0 - 1e-4
     z.requires_grad_()
-    layer = BlackBoxLayer(row_dependent, M, "cge", mu=1e-3, scale=None, on_failure="drop")
+    layer = BlackBoxLayer(row_dependent, M, "cge", mu=1e-3, scale=1.0, on_failure="drop")
     found = gradient(layer, z)
     torch.testing.assert_close(found, gradient(smooth, z), rtol=1e-2, atol=1e-2)
     assert layer.statistics.one_sided == 1
@@ -213,7 +213,7 @@ def test_a_point_of_a_difference_that_fails_is_done_without():
 
 def test_nearest_gives_an_answer_without_a_gradient():
     z = failing()
-    layer = BlackBoxLayer(row_dependent, M, "cge", on_failure="nearest", scale=None)
+    layer = BlackBoxLayer(row_dependent, M, "cge", on_failure="nearest", scale=1.0)
     out = layer(z)
     assert out.isfinite().all()
     assert any(torch.equal(out[2], other) for other in out[[0, 1, 3, 4]])
@@ -246,7 +246,7 @@ def test_differences_of_the_loss():
 def test_a_loss_of_steps_is_smoothed_by_random_directions():
     """The share of answers above zero: no derivative, but P(z + mu u > 0) = Phi(z / mu) has one."""
     layer = BlackBoxLayer(
-        lambda z: z, 1, "rge", q=20_000, mu=0.5, scale=None, mode="loss", downstream=lambda g: (g[:, 0] > 0.0).double()
+        lambda z: z, 1, "rge", q=20_000, mu=0.5, scale=1.0, mode="loss", downstream=lambda g: (g[:, 0] > 0.0).double()
     )
     z = torch.tensor([[0.3], [-0.6]], dtype=torch.float64, requires_grad=True)
     (found,) = torch.autograd.grad(layer(z).sum(), z)
@@ -291,7 +291,7 @@ def test_no_question_leaves_the_bounds():
         return smooth_numpy(z)
 
     bounds = ([-1.0, 0.0, 2.0], [1.0, 3.0, 2.5])
-    layer = BlackBoxLayer(box, M, "rge", q=50, mu=0.2, scale=None, bounds=bounds, squash=True)
+    layer = BlackBoxLayer(box, M, "rge", q=50, mu=0.2, scale=1.0, bounds=bounds, squash=True)
     z = (5.0 * points(50).detach()).requires_grad_()
     layer(z).sum().backward()
     assert all((np.array(bounds[0]) <= ask).all() and (ask <= np.array(bounds[1])).all() for ask in seen)
@@ -309,7 +309,7 @@ def test_a_stochastic_box_gets_the_same_noise_on_both_sides():
         noise = np.stack([np.random.default_rng(seed).normal(size=D) for seed in seeds])
         return (z * (1.0 + noise)).sum(axis=1)
 
-    layer = BlackBoxLayer(Simulator(noisy, seeded=True), 1, "cge", mu=1e-3, scale=None, seed=3)
+    layer = BlackBoxLayer(Simulator(noisy, seeded=True), 1, "cge", mu=1e-3, scale=1.0, seed=3)
     z = points()
     out = layer(z)
     (found,) = torch.autograd.grad(out.sum(), z, retain_graph=True)
@@ -324,12 +324,12 @@ def test_directions_double_while_noise_is_too_high():
     def box(z):
         return np.random.default_rng(0).normal(size=len(z))
 
-    layer = BlackBoxLayer(box, 1, "rge", q=4, max_q=30, scale=None)
+    layer = BlackBoxLayer(box, 1, "rge", q=4, max_q=30, scale=1.0)
     for expected in (8, 16, 30, 30):
         layer(points(500)).sum().backward()
         assert layer.directions == expected
     assert layer.statistics.snr < 0.1
-    calm = BlackBoxLayer(lambda z: z.sum(axis=1), 1, "rge", q=40, max_q=80, scale=None)
+    calm = BlackBoxLayer(lambda z: z.sum(axis=1), 1, "rge", q=40, max_q=80, scale=1.0)
     calm(points()).sum().backward()
     assert calm.directions == 40
     assert layer.queries_per_sample() == 61
@@ -378,20 +378,35 @@ def test_pickle_and_copy():
 def test_ranks_draw_what_one_rank_would(tmp_path):
     def found(rank):
         z = points(6).detach()[rank::2].clone().requires_grad_()
-        layer = BlackBoxLayer(smooth_numpy, M, "rge", q=2, scale=None, seed=1)
+        layer = BlackBoxLayer(smooth_numpy, M, "rge", q=2, scale=1.0, seed=1)
         return gradient(layer, z, torch.ones(3, M))
 
     ranks = run_on_two_ranks(tmp_path, found)
     z = points(6)
-    whole = gradient(BlackBoxLayer(smooth_numpy, M, "rge", q=2, scale=None, seed=1), z, torch.ones(6, M))
+    whole = gradient(BlackBoxLayer(smooth_numpy, M, "rge", q=2, scale=1.0, seed=1), z, torch.ones(6, M))
     for rank, rows in enumerate(ranks):
         torch.testing.assert_close(rows, whole[rank::2])
+
+
+def test_ranks_have_one_scale(tmp_path):
+    def found(rank):
+        layer = BlackBoxLayer(smooth_numpy, M)
+        for seed in (1, 2):
+            layer(points(6, seed).detach()[rank::2].clone().requires_grad_())
+        return layer.variance
+
+    first, second = run_on_two_ranks(tmp_path, found)
+    assert torch.equal(first, second)
+    whole = BlackBoxLayer(smooth_numpy, M)
+    for seed in (1, 2):
+        whole(points(6, seed))
+    torch.testing.assert_close(first, whole.variance)
 
 
 def test_one_instance_serves_the_backward_passes_of_all_ranks(tmp_path):
     def found(rank):
         z = points(3).detach().requires_grad_()
-        layer = BlackBoxLayer(Simulator(smooth_numpy, out_dim=M, rank_zero_service=True), M, "cge", scale=None)
+        layer = BlackBoxLayer(Simulator(smooth_numpy, out_dim=M, rank_zero_service=True), M, "cge", scale=1.0)
         # rank 1 has nothing to ask for
         weights = torch.full((3, M), 1.0 - rank, dtype=torch.float64)
         return gradient(layer, z, weights), layer.simulator.counts.queries
@@ -450,7 +465,7 @@ def test_second_derivatives_are_refused_in_words():
 def test_activation_checkpointing_repeats_no_question():
     from torch.utils.checkpoint import checkpoint
 
-    net = Net(BlackBoxLayer(smooth_numpy, M, "cge", cache=1000, scale=None))
+    net = Net(BlackBoxLayer(smooth_numpy, M, "cge", cache=1000, scale=1.0))
     x = torch.randn(4, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     checkpoint(net, x, use_reentrant=False).sum().backward()
     assert net.box.simulator.counts.queries == 4 * (1 + 2 * D)
@@ -477,7 +492,7 @@ def test_suggested_step_is_near_the_best():
     truth = 3.0 * torch.cos(3.0 * z)
 
     def error(mu):
-        layer = BlackBoxLayer(solver, 1, "cge", mu=mu, scale=None)
+        layer = BlackBoxLayer(solver, 1, "cge", mu=mu, scale=1.0)
         inputs = z.clone().requires_grad_()
         return float((gradient(layer, inputs, torch.ones(8, 1)) - truth).norm())
 
@@ -503,8 +518,8 @@ def test_suggested_step_is_near_the_best():
         ({"workers": 0}, "`workers` to be at least 1, but got 0"),
         ({"estimator": "spsa"}, r"`estimator` to be one of \['auto', 'cge', 'rge'\], but got 'spsa'"),
         ({"mode": "grad"}, "`mode` to be one of .*, but got 'grad'"),
-        ({"scale": -1.0}, "`scale` to be 'batch', None or positive numbers, but got -1.0"),
-        ({"scale": "data"}, "`scale` to be 'batch', None or positive numbers, but got 'data'"),
+        ({"scale": -1.0}, "`scale` to be 'batch' or positive numbers, but got -1.0"),
+        ({"scale": "data"}, "`scale` to be 'batch' or positive numbers, but got 'data'"),
         ({"bounds": (1.0, 0.0)}, r"`bounds` to have the lowest below the highest, but got \(1.0, 0.0\)"),
         ({"on_failure": "skip"}, "`on_failure` to be one of .*, but got 'skip'"),
     ],
