@@ -22,6 +22,9 @@ from lightning_trust.core.step import Attachment, Claim, HostCallback, StepChain
 from lightning_trust.optim.zeroth_order import ZOSVRG, Estimate, GradientEstimator, LossOracle, ZerothOrderOptimizer
 from lightning_trust.optim.zeroth_order.oracle import Parallel, same_loss
 
+#: Called with the host and what evaluates the loss of another batch: which entries are asked, by names of parameters.
+MaskSource = Callable[[Any, Callable[[Any], Callable[[], Any]]], Mapping[str, Tensor]]
+
 
 class ZerothOrderGradient(HostCallback):
     r"""Trains an unchanged module without back-propagation: an estimate from forward passes takes its place.
@@ -60,7 +63,6 @@ class ZerothOrderGradient(HostCallback):
         queries: Losses that the run has asked of this rank so far.
         equivalent_forwards: What they cost in forward passes of the network.
         bytes_sent: Bytes that this rank handed to collective operations.
-        masks: By the names of parameters, which entries are asked; set by callbacks such as ``DynamicSparseGradient``.
 
     Raises:
         ValueError: If an argument is out of its range (at once); if the loss is no finite scalar or differs between two
@@ -97,7 +99,8 @@ class ZerothOrderGradient(HostCallback):
         self.parallel: Parallel = parallel
         self.network = network
         self.clean_forward = clean_forward
-        self.masks: Mapping[str, Tensor] = {}
+        #: chooses which entries are asked, by the names of parameters; set by callbacks such as DynamicSparseGradient
+        self.mask_source: MaskSource | None = None
         self.queries = 0
         self.equivalent_forwards = 0.0
         self.bytes_sent = 0
@@ -106,7 +109,7 @@ class ZerothOrderGradient(HostCallback):
         self._checked = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_chain": None, "_found": None}
+        return {**super().__getstate__(), "_chain": None, "_found": None, "mask_source": None}
 
     # -- attaching -----------------------------------------------------------------------------------------------------
     def attach(self, trainer: Any, host: Any, attachment: Attachment) -> None:
@@ -219,7 +222,7 @@ class ZerothOrderGradient(HostCallback):
         clean = loss if windows == 1 else None
         seed = self.random.sample_seed("directions", host.trainer.fit_loop.total_batch_idx)
         oracle = self._oracle(host, self._chain_of_run.replay, seed, clean)
-        self._note(self.estimator.add(oracle, 1.0 / windows))
+        self.note(self.estimator.add(oracle, 1.0 / windows))
 
     @property
     def _chain_of_run(self) -> StepChain:
@@ -228,12 +231,13 @@ class ZerothOrderGradient(HostCallback):
 
     def _oracle(self, host: Any, loss: Callable[[], Any], seed: int, clean: Tensor | None) -> LossOracle:
         parameters = self._trained(host)
+        masks = {} if self.mask_source is None else self.mask_source(host, self._chain_of_run.replay_of)
         oracle = LossOracle(
             loss,
             parameters,
             module=host,
             network=find_network(host, self.network),
-            masks={name: mask for name, mask in self.masks.items() if name in parameters},
+            masks={name: mask for name, mask in masks.items() if name in parameters},
             seed=seed,
             parallel=self.parallel,
             restores_random_state=True,
@@ -290,7 +294,8 @@ class ZerothOrderGradient(HostCallback):
             yield chain.replay_of(batch)
 
     # -- what was found ------------------------------------------------------------------------------------------------
-    def _note(self, estimate: Estimate) -> None:
+    def note(self, estimate: Estimate) -> None:
+        """Count what an estimate cost, and log what it found."""
         self._found = estimate
         self.queries += estimate.queries
         self.equivalent_forwards += estimate.equivalent_forwards
@@ -300,7 +305,7 @@ class ZerothOrderGradient(HostCallback):
         """Log what the estimate found and cost."""
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, ZerothOrderOptimizer) and optimizer.last is not None:
-                self._note(optimizer.last)
+                self.note(optimizer.last)
         if self._found is not None:
             pl_module.log("trust/zo_snr", self._found.snr)
             pl_module.log("trust/zo_queries", float(self.queries))

@@ -1,5 +1,6 @@
 """Zeroth-order training: gradients from values alone."""
 
+from lightning_trust.functional.zeroth_order.deepzero import layer_pruning_ratios, zo_grasp_scores
 from lightning_trust.functional.zeroth_order.estimates import (
     DISTRIBUTIONS,
     Distribution,
@@ -41,6 +42,7 @@ __all__ = [
     "forward_difference_gradient",
     "forward_gradient",
     "largest_ranks",
+    "layer_pruning_ratios",
     "random_vjp",
     "signal_to_noise",
     "smolyak_gauss_hermite",
@@ -48,4 +50,5 @@ __all__ = [
     "tt_linear",
     "tt_matrix",
     "tt_svd",
+    "zo_grasp_scores",
 ]
