@@ -34,7 +34,8 @@ class DerivativeEstimator(ABC):
 
     Attributes:
         calls: How often the estimator was called.
-        evaluations: Of how many points the function was asked, in all calls.
+        evaluations: Of how many points the function was asked, in all calls. A call that ``torch.func.vmap`` makes for
+            many networks at a time counts once.
 
     """
 
@@ -95,8 +96,10 @@ class SparseGridDerivatives(DerivativeEstimator):
 
     Two errors are left. Smoothing itself: a wave :math:`\sin(k x)` is damped by :math:`e^{-k^2 \sigma^2 / 2}`. And the
     grid: level :math:`L` is exact for :math:`\delta_i^2 f` of total degree :math:`2 L - 1` only, which matters where
-    :math:`f` changes much within :math:`\sigma` or along all of many dimensions; :meth:`compare_levels` looks. Rounding
-    of :math:`f` is made larger by :math:`\sum_j |w_j| / \sigma^2`, 84,100 in 21 dimensions at :math:`\sigma = 0.1`.
+    :math:`f` changes much within :math:`\sigma` or along all of many dimensions; :meth:`compare_levels` looks. At level
+    3 the error of the grid takes back a part of that of smoothing, so that a network trained on it may itself be nearer
+    to a solution than its smoothed values. Rounding of :math:`f` is made larger by :math:`\sum_j |w_j| / \sigma^2`,
+    84,100 in 21 dimensions at :math:`\sigma = 0.1`.
 
     Paper: Tensor-Compressed Back-Propagation-Free Training for (Physics-Informed) Neural Networks (arXiv 2308.09858).
 

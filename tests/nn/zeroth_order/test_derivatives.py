@@ -51,6 +51,14 @@ def test_sum_of_cubes_on_the_grid():
     torch.testing.assert_close(second, 6 * x)
 
 
+def test_level_three_in_one_dimension_is_a_central_difference():
+    x, h = points(dim=1), 0.1 * math.sqrt(3)
+    _, gradient, second = SparseGridDerivatives(1, 3, 0.1)(lambda z: z[:, 0].exp(), x)
+    ahead, here, behind = (x + h).exp(), x.exp(), (x - h).exp()
+    torch.testing.assert_close(gradient, (ahead - behind) / (2 * h))
+    torch.testing.assert_close(second, (ahead + behind - 2 * here) / h**2)
+
+
 def test_higher_levels_come_nearer_to_the_smoothed_function():
     x, sigma = points(), 0.3
     damped = math.exp(-D * sigma**2 / 2) * wave(x)
