@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import lightning.pytorch as pl
@@ -40,8 +40,8 @@ class SKSModule(pl.LightningModule):
     Paper: Zeroth-Order SciML: Non-intrusive Integration of Scientific Software with Deep Learning (arXiv 2206.02785).
 
     Shape:
-        - Batch: ``[inputs, targets]``, inputs ``(B, ...)``, targets floating point ``(B, m)`` or ``(B,)``; for
-          ``predict`` the inputs alone will do.
+        - Batch: ``[inputs, targets]``, inputs ``(B, ...)``, ``(B, n)`` where columns are ``known``; targets floating
+          point ``(B, m)`` or ``(B,)``; for ``predict`` the inputs alone will do.
         - ``encoder``: inputs -> ``(B, d)``, what the source takes.
         - ``decoder``: flat inputs and answers ``(B, n + m)``, one beside the other -> ``(B, ...)`` as the targets.
         - ``forward``: inputs -> predictions, of the shape of the targets, or ``(B, 1)``.
@@ -55,6 +55,8 @@ class SKSModule(pl.LightningModule):
         head: For the first epochs, what makes predictions of the encoder's output in place of the source, so that the
             encoder learns from the data alone.
         data_only_epochs: Number of these epochs; no questions are asked in them.
+        known: Columns of the inputs that the source takes as they are, beside what the encoder makes of the others;
+            they have no part in its estimate, and the networks do not see them.
         optimizer: Called with the parameters, gives the optimizer. By default Adam with learning rate 1e-3.
 
     Raises:
@@ -83,6 +85,7 @@ class SKSModule(pl.LightningModule):
         residual: bool = False,
         head: nn.Module | None = None,
         data_only_epochs: int = 0,
+        known: Sequence[int] = (),
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=1e-3),
     ) -> None:
         super().__init__()
@@ -102,6 +105,8 @@ class SKSModule(pl.LightningModule):
                 "A source with mode='loss' ends in the loss: no decoder comes after it. Pass decoder=None, or"
                 " mode='vjp'."
             )
+        if known and sks.mode == "loss":
+            raise MisconfigurationException("A source with mode='loss' takes no `known` inputs. Pass mode='vjp'.")
         modules = ["encoder", "sks", "decoder", "head"]
         self.save_hyperparameters(ignore=["optimizer", *modules])
         if "_instantiator" in self.hparams:  # LightningCLI is at work and hands over plain data for every argument
@@ -113,6 +118,7 @@ class SKSModule(pl.LightningModule):
         self.loss_name: Loss = loss
         self.residual = residual
         self.data_only_epochs = data_only_epochs
+        self.known = tuple(known)
         self._make_optimizer = optimizer
         self.val_rmse = MeanSquaredError(squared=False)
         self.test_measures = nn.ModuleDict(
@@ -130,19 +136,32 @@ class SKSModule(pl.LightningModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Predictions; those that the source did not answer are NaN."""
+        x, known = self._split(x)
         encoded = self.encoder(x)
         if self.head is not None and self.data_only:
             return self.head(encoded)
         if self.sks.mode == "loss":
             return self.sks.simulate(encoded)
-        answers = self.sks(encoded)
+        answers = self.sks(encoded, *known)
         if self.decoder is None:
             return answers
-        known = answers.isfinite().all(dim=1, keepdim=True)
+        answered = answers.isfinite().all(dim=1, keepdim=True)
         # a NaN would reach the gradient of every weight after it
-        filled = torch.where(known, answers, 0.0)
+        filled = torch.where(answered, answers, 0.0)
         decoded = self.decoder(torch.cat([x.flatten(1).to(filled), filled], dim=1))
-        return torch.where(known, filled + decoded if self.residual else decoded, torch.nan)
+        return torch.where(answered, filled + decoded if self.residual else decoded, torch.nan)
+
+    def _split(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """What the networks see, and what the source takes as it is."""
+        if not self.known:
+            return x, []
+        if x.ndim != 2 or not max(self.known) < x.shape[1] or min(self.known) < 0:
+            raise ValueError(
+                f"Expected argument `known` to name columns of the inputs, but got {list(self.known)} and inputs of"
+                f" shape {tuple(x.shape)}."
+            )
+        others = [column for column in range(x.shape[1]) if column not in self.known]
+        return x[:, others], [x[:, list(self.known)]]
 
     # -- steps ---------------------------------------------------------------------------------------------------------
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:

@@ -63,6 +63,9 @@ class BlackBoxLayer(nn.Module):
 
     Shape:
         - z: ``(..., d)``, floating point, any device. The black box gets float64 on the CPU.
+        - context: what else a sample has, each ``(..., *)``. With ``mode="vjp"`` inputs of the black box that are
+          known, ``(..., k)``: it gets them beside z, they are not moved and have no gradient. With ``mode="loss"`` what
+          ``downstream`` needs.
         - output: ``(..., m)`` in the type and on the device of z (float32 for half precision under autocast); with
           ``mode="loss"`` ``(...)``.
 
@@ -231,7 +234,7 @@ class BlackBoxLayer(nn.Module):
 
         Args:
             z: Shape ``(..., d)``.
-            context: What ``downstream`` needs besides the answers, each with a row a sample, ``(..., *)``.
+            context: Known inputs of the black box, or what ``downstream`` needs; see the class.
 
         """
         half = z.dtype in (torch.float16, torch.bfloat16)
@@ -250,25 +253,26 @@ class BlackBoxLayer(nn.Module):
                 self.calls += 1
                 if self.training and self.scale == "batch":
                     self._observe(flat.detach())
-            question = self._question(flat, rows)
+            question = self._question(flat, rows, losses=True)
             values = question.values.to(device=z.device, dtype=out)
             self.valid = question.valid.to(z.device).view(z.shape[:-1])
             if learns:
                 values = with_gradient(flat, values, functools.partial(self._gradient, question))
             return values.view(*z.shape[:-1], *values.shape[1:])
 
-    def simulate(self, z: Tensor) -> Tensor:
+    def simulate(self, z: Tensor, *known: Tensor) -> Tensor:
         """Answers ``(..., m)`` whatever the mode, without a gradient; see ``valid``."""
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
             z = self._domain(z)
             self._check_dim(z)
             if self.direct is not None:
-                return cast(Callable[[Tensor], Tensor], self.direct)(z)
-            question = self._question(z.reshape(-1, z.shape[-1]), None)
+                return cast(Callable[[Tensor], Tensor], self.direct)(torch.cat([z, *known], dim=-1))
+            rows = [each.reshape(-1, each.shape[-1]) for each in known]
+            question = self._question(z.reshape(-1, z.shape[-1]), rows, losses=False)
             self.valid = question.valid.to(z.device).view(z.shape[:-1])
             return question.values.to(z).view(*z.shape[:-1], self.out_dim)
 
-    def _question(self, z: Tensor, context: list[Tensor] | None) -> Question:
+    def _question(self, z: Tensor, context: list[Tensor], losses: bool) -> Question:
         points = z.detach().to(device="cpu", dtype=torch.float64)
         settings = EstimateSettings(
             estimator=self.chosen_estimator(z.shape[-1]),
@@ -281,10 +285,12 @@ class BlackBoxLayer(nn.Module):
             seed=default_seed() if self.seed is None else self.seed,
             call=int(self.calls),
         )
-        losses = None
-        if self.downstream is not None and context is not None:
-            losses = functools.partial(_losses, self.downstream, [each.cpu() for each in context])
-        return Question(cast(Simulator, self.simulator), points, settings, losses)
+        simulator = cast(Simulator, self.simulator)
+        if self.downstream is not None and losses:
+            of_answers = functools.partial(_losses, self.downstream, [each.cpu() for each in context])
+            return Question(simulator, points, settings, losses=of_answers)
+        known = torch.cat(context, dim=1).to(points) if context else None
+        return Question(simulator, points, settings, known)
 
     def _gradient(self, question: Question, cotangents: Tensor) -> Tensor:
         found = question.estimate(cotangents)
@@ -296,7 +302,8 @@ class BlackBoxLayer(nn.Module):
         return found.gradient
 
     def _directly(self, z: Tensor, context: Sequence[Tensor]) -> Tensor:
-        answers = cast(Callable[[Tensor], Tensor], self.direct)(z)
+        asked = z if self.downstream is not None else torch.cat([z, *context], dim=-1)
+        answers = cast(Callable[[Tensor], Tensor], self.direct)(asked)
         if answers.shape != (*z.shape[:-1], self.out_dim):
             raise ValueError(
                 f"Expected `fn` to answer an input of shape {tuple(z.shape)} with the shape"

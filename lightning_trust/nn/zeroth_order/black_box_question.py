@@ -12,7 +12,7 @@ from torch.autograd.function import FunctionCtx
 
 from lightning_trust.core.randomness import RandomStreams
 from lightning_trust.functional.zeroth_order import VJPEstimate, coordinate_vjp, random_vjp
-from lightning_trust.nn.zeroth_order.simulator import Simulator
+from lightning_trust.nn.zeroth_order.simulator import Simulator, SimulatorAnswers
 from lightning_trust.nn.zeroth_order.simulator_attempts import quoted
 
 
@@ -51,6 +51,7 @@ class Question:
         simulator: What is asked.
         points: Float64 on the CPU, shape ``(B, d)``.
         settings: How to estimate.
+        known: What is asked beside each point and never moved, shape ``(B, k)``.
         losses: Answers ``(n, m)`` and their samples ``(n,)`` -> losses ``(n,)``, where these are the values.
 
     Attributes:
@@ -64,20 +65,27 @@ class Question:
         simulator: Simulator,
         points: Tensor,
         settings: EstimateSettings,
+        known: Tensor | None = None,
         losses: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         self.simulator = simulator
         self.points = _inside(points, settings)
         self.settings = settings
+        self.known = known
         self.losses = losses
         rows = len(points)
         self.streams = RandomStreams(settings.seed, "BlackBoxLayer")
         self.seeds = None
         if simulator.seeded:
             self.seeds = self.streams.samples(rows, "noise", settings.call).integers(0, 2**31).numpy()
-        answered = simulator.ask(self.points.numpy(), self.seeds)
+        every = torch.arange(rows)
+        answered = self._ask(self.points, every)
         self.valid = torch.from_numpy(answered.valid)
-        self.values = self._values(torch.from_numpy(answered.values), torch.arange(rows))
+        self.values = self._values(torch.from_numpy(answered.values), every)
+
+    def _ask(self, points: Tensor, samples: Tensor) -> SimulatorAnswers:
+        asked = points if self.known is None else torch.cat([points, self.known[samples]], dim=1)
+        return self.simulator.ask(asked.numpy(), None if self.seeds is None else self.seeds[samples.numpy()])
 
     @torch.no_grad()
     def _values(self, answers: Tensor, rows: Tensor) -> Tensor:
@@ -86,7 +94,7 @@ class Question:
     def _answers(self, rows: Tensor, points: Tensor, samples: Tensor) -> Tensor:
         """Values at other points, as columns; ``samples`` count in ``rows``."""
         samples = rows[samples]
-        found = self.simulator.ask(points.numpy(), None if self.seeds is None else self.seeds[samples.numpy()])
+        found = self._ask(points, samples)
         values = _columns(self._values(torch.from_numpy(found.values), samples))
         # the nearest answer is none for a difference
         return torch.where(torch.from_numpy(found.valid).unsqueeze(1), values, torch.nan)

@@ -271,6 +271,23 @@ def test_bf16_and_accumulation():
     assert trainer.global_step == 2
 
 
+def test_known_inputs_go_to_the_source_alone():
+    def scaled(asked):
+        return asked[:, :2] * asked[:, 2:]
+
+    x, _ = data().tensors
+    model = SKSModule(nn.Linear(3, 2), BlackBoxLayer(scaled, 2, "cge", scale=1.0), nn.Linear(5, 1), known=[1])
+    rest = x[:, [0, 2, 3]]
+    answers = model.encoder(rest) * x[:, 1:2]
+    torch.testing.assert_close(model(x), model.decoder(torch.cat([rest, answers], dim=1)))
+    model.zero_grad()
+    model(x).sum().backward()
+    expected = torch.autograd.grad(model.decoder(torch.cat([rest, answers], dim=1)).sum(), model.encoder.weight)[0]
+    torch.testing.assert_close(model.encoder.weight.grad, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"`known` to name columns of the inputs, but got \[1\] .* \(16, 1\)"):
+        model(x[:, :1])
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------------
 def test_bad_input():
     for arguments, error, message in (
@@ -279,6 +296,7 @@ def test_bad_input():
         ({"residual": True}, MisconfigurationException, "residual=True .* decoder=None"),
         ({"data_only_epochs": 1}, MisconfigurationException, "data_only_epochs=1, head=None"),
         ({"head": nn.Linear(2, 2)}, MisconfigurationException, "data_only_epochs=0, head=Linear"),
+        ({"mode": "loss", "downstream": squared, "known": [0]}, MisconfigurationException, "takes no `known` inputs"),
         ({"mode": "loss", "downstream": squared, "decoder": True}, MisconfigurationException, "no decoder comes after"),
     ):
         with pytest.raises(error, match=message):

@@ -254,6 +254,25 @@ def test_a_loss_of_steps_is_smoothed_by_random_directions():
     torch.testing.assert_close(found, density, rtol=0.1, atol=0.0)
 
 
+def test_known_inputs_are_asked_and_not_moved():
+    known = torch.randn(5, 2, generator=torch.Generator().manual_seed(6), dtype=torch.float64).requires_grad_()
+
+    def box(asked):
+        return (asked[:, 0] * asked[:, 3] + asked[:, 1] * asked[:, 2])[:, None]
+
+    z = points(5).detach()[:, :2].clone().requires_grad_()
+    layer = BlackBoxLayer(box, 1, "cge", mu=1e-3, in_dim=2)
+    out = layer(z, known)
+    torch.testing.assert_close(out, box(torch.cat([z, known], dim=1)))
+    out.sum().backward()
+    torch.testing.assert_close(z.grad, known.detach()[:, [1, 0]])
+    assert known.grad is None
+    assert layer.simulator.counts.queries == 5 * (1 + 2 * 2)
+    torch.testing.assert_close(layer.simulate(z, known), out.detach())
+    direct = BlackBoxLayer(box, 1, direct=True)
+    torch.testing.assert_close(direct(z, known), out)
+
+
 # -- unit and bounds ---------------------------------------------------------------------------------------------------
 def test_steps_follow_the_running_spread_of_each_coordinate():
     seen = []
