@@ -33,7 +33,12 @@ from lightning_trust.callbacks.unlearning import (
     UnlearningReport,
     WeightSaliency,
 )
-from lightning_trust.callbacks.zeroth_order import KnowledgeLoss, SKSQueryMonitor, ZerothOrderGradient
+from lightning_trust.callbacks.zeroth_order import (
+    DynamicSparseGradient,
+    KnowledgeLoss,
+    SKSQueryMonitor,
+    ZerothOrderGradient,
+)
 
 __all__ = [
     "AWP",
@@ -44,6 +49,7 @@ __all__ = [
     "AverageOf",
     "CleanAndAdversarial",
     "CurveEvaluation",
+    "DynamicSparseGradient",
     "ExactResume",
     "ExtremeNormTraining",
     "FastAT",
