@@ -13,6 +13,16 @@ from lightning_trust.datamodules.cifar import CIFAR10
 from lightning_trust.datamodules.digits import Digits
 from lightning_trust.datamodules.fashion_mnist import FashionMNIST
 from lightning_trust.datamodules.image_rows import ImageRows, ImageRowsDataModule, RandomShiftFlip
+from lightning_trust.datamodules.language import (
+    ByteTokenizer,
+    CodeCorpus,
+    CodeOrigin,
+    LabeledText,
+    PromptedText,
+    TextDataModule,
+    TokenRows,
+    make_tokenizer,
+)
 from lightning_trust.datamodules.unlearning import ForgetClass, ForgetIndices, ForgetRandom, ForgetSplit
 from lightning_trust.datamodules.zeroth_order import (
     HJB20,
@@ -28,7 +38,10 @@ __all__ = [
     "CIFAR10",
     "HJB20",
     "BlackScholes1D",
+    "ByteTokenizer",
     "CXRDataModule",
+    "CodeCorpus",
+    "CodeOrigin",
     "CollocationPoints",
     "Digits",
     "FashionMNIST",
@@ -39,12 +52,17 @@ __all__ = [
     "Heat",
     "ImageRows",
     "ImageRowsDataModule",
+    "LabeledText",
     "PDEDataModule",
     "PDEProblem",
     "Poisson",
+    "PromptedText",
     "PseudoLabeledData",
     "RandomShiftFlip",
     "RepeatBatches",
     "ShortcutFashionMNIST",
+    "TextDataModule",
+    "TokenRows",
+    "make_tokenizer",
     "pseudo_labels",
 ]
