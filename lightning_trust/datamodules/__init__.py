@@ -28,10 +28,14 @@ from lightning_trust.datamodules.zeroth_order import (
     HJB20,
     BlackScholes1D,
     CollocationPoints,
+    ElementDensityDataModule,
     Heat,
+    OscillatorDataModule,
     PDEDataModule,
     PDEProblem,
     Poisson,
+    crystal_density,
+    oscillator_trajectory,
 )
 
 __all__ = [
@@ -44,6 +48,7 @@ __all__ = [
     "CodeOrigin",
     "CollocationPoints",
     "Digits",
+    "ElementDensityDataModule",
     "FashionMNIST",
     "ForgetClass",
     "ForgetIndices",
@@ -53,6 +58,7 @@ __all__ = [
     "ImageRows",
     "ImageRowsDataModule",
     "LabeledText",
+    "OscillatorDataModule",
     "PDEDataModule",
     "PDEProblem",
     "Poisson",
@@ -63,6 +69,8 @@ __all__ = [
     "ShortcutFashionMNIST",
     "TextDataModule",
     "TokenRows",
+    "crystal_density",
     "make_tokenizer",
+    "oscillator_trajectory",
     "pseudo_labels",
 ]
