@@ -196,5 +196,5 @@ def _elements() -> _Elements:
     features = (columns - columns.mean(axis=0)) / columns.std(axis=0)
     known = np.stack([table["atomic_weight"].to_numpy(np.float64), structures.argmax(axis=1)], axis=1)
     density, constant = (table[name].to_numpy(np.float64) for name in ("density", "lattice_constant"))
-    tensors = (torch.from_numpy(each).float() for each in (features, known, density, constant))
+    tensors = (torch.tensor(each, dtype=torch.float32) for each in (features, known, density, constant))
     return _Elements(tuple(table["symbol"]), *tensors)
