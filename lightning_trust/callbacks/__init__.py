@@ -23,6 +23,7 @@ from lightning_trust.callbacks.adversarial import (
     StandardAT,
 )
 from lightning_trust.callbacks.exact_resume import ExactResume
+from lightning_trust.callbacks.language import SaveAdapter
 from lightning_trust.callbacks.load_weights import LoadWeights
 from lightning_trust.callbacks.pruning import OneShotPruning
 from lightning_trust.callbacks.unlearning import (
@@ -70,6 +71,7 @@ __all__ = [
     "SKSQueryMonitor",
     "SalUn",
     "SaliencyGuidedAdversarialTraining",
+    "SaveAdapter",
     "StandardAT",
     "UnlearningReport",
     "WeightSaliency",
