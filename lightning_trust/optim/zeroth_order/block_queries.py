@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torch.overrides import TorchFunctionMode
 
 from lightning_trust.core.blocks import split
 from lightning_trust.core.modes import unused_running_statistics
@@ -117,7 +118,12 @@ class BlockQueries:
         if any(block.training and _random(block) for block in blocks):
             return None
         queries = BlockQueries(oracle, blocks, memory, vectorized)
-        return queries if queries._calls and not queries._loss_reads_weights() else None
+        if not queries._calls or queries._loss_reads_weights():
+            return None
+        # what is subtracted from all others is rounded as they are
+        queries.base = queries._losses_of([call.inputs[-1][None] for call in queries._calls])[0]
+        oracle.queries -= 1
+        return queries
 
     # -- the clean pass ------------------------------------------------------------------------------------------------
     def _clean_pass(self) -> list[_Call]:
@@ -305,6 +311,10 @@ class BlockQueries:
         if type(block) is nn.Linear and out.ndim == 2:
             # a channel that was flattened has several entries
             weight = block.weight.view(block.out_features, -1, values[0, 0].numel())[:, channel]
+            if weight.shape[2] == 1:
+                # classes before samples: a softmax over a short last dimension takes many times longer
+                change = torch.addcmul(out.T, weight.transpose(0, 1), increment.flatten(1)[:, None])
+                return change.transpose(1, 2)
             return out + torch.einsum("kbs,oks->kbo", _entries(increment), weight)
         if (
             type(block) is nn.Conv2d
@@ -346,7 +356,8 @@ class BlockQueries:
         self.oracle.queries += count
         if self.vectorized:
             try:
-                found = torch.func.vmap(self._loss_of, randomness="same")(*outputs)
+                with _SamplesLast():
+                    found = torch.func.vmap(self._loss_of, randomness="same")(*outputs)
                 return self._scalars(found, count)
             except (RuntimeError, TypeError, ValueError):
                 # a step that asks for the value of a tensor, or writes to one, cannot be vectorised; one that is wrong
@@ -370,6 +381,23 @@ class BlockQueries:
 
         with _replaced_forward(self._network, forward):
             return self.oracle.value()
+
+
+class _SamplesLast(TorchFunctionMode):
+    """Lets a cross-entropy over few classes run along the samples.
+
+    The loss is the same; a softmax over a short last dimension takes many times longer than one over the first.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.cross_entropy and len(args) == 2 and kwargs.get("reduction", "mean") != "none":
+            logits, targets = args
+            if isinstance(targets, Tensor) and logits.ndim == 2 and targets.ndim == 1:
+                return func(logits.T[None], targets[None], **kwargs)
+        return func(*args, **kwargs)
 
 
 class _NotAChainError(Exception):
