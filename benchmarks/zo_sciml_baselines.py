@@ -21,6 +21,8 @@ from lightning_trust.nn import BlackBoxLayer
 
 #: Steps, in units of the spread of what is moved.
 MU = 1e-2
+#: And those of the score function, whose variance falls with the square of it.
+SIGMA = 0.3
 
 
 def through(problem: Problem, layer: BlackBoxLayer, seed: int, rate: float, steps: int) -> Fitted:
@@ -140,11 +142,12 @@ class _ScoreFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, loss: Callable[[Tensor], Tensor], state: dict[str, Any]) -> Tensor:
-        step = MU * (z.std(dim=0) + 1e-3)
+        step = SIGMA * (z.std(dim=0) + 1e-3)
         u = torch.randn(state["q"], *z.shape, generator=state["generator"])
         losses = torch.stack([loss(z + step * each) for each in u])
-        base = state.setdefault("baseline", float(losses.mean()))
-        state["baseline"] = 0.9 * base + 0.1 * float(losses.mean())
+        # of each row, for batches are whole
+        base = state.setdefault("baseline", losses.mean(dim=0))
+        state["baseline"] = 0.9 * base + 0.1 * losses.mean(dim=0)
         ctx.save_for_backward(((losses - base).unsqueeze(-1) * u / step).mean(dim=0))
         return loss(z)
 

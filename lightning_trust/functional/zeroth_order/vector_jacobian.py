@@ -192,7 +192,8 @@ def _contributions(
     step = mu * directions if scale is None else mu * scale * directions
     plus, minus = _ends(points, step, central, bounds)
     width = plus - minus
-    if bool(((width == 0.0) & (step != 0.0)).any()):
+    # single coordinates of a random direction may be too small to matter
+    if bool(((width == 0.0).all(dim=-1) & (step != 0.0).any(dim=-1)).any()):
         raise ValueError(
             f"Expected argument `mu` to move every coordinate, but with {mu} a step is lost in the rounding of"
             f" {points.dtype}. Take a larger `mu` or `scale`."
