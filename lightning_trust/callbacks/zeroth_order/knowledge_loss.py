@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_trust.core.batch import BatchSpec
@@ -42,6 +43,7 @@ class KnowledgeLoss(StepTransform):
     Raises:
         ValueError: If ``weight`` or ``target`` is out of its range (at once), or target and answers differ in shape (in
             the first step).
+        MisconfigurationException: If the source gives losses in place of answers.
         SimulatorError: If the source fails on a row, under ``on_failure="raise"``; under ``"drop"`` the row is left out
             of the mean.
 
@@ -65,6 +67,11 @@ class KnowledgeLoss(StepTransform):
         super().__init__(batch_spec=batch_spec, network=network, name=name)
         if not weight >= 0.0:
             raise ValueError(f"Expected argument `weight` to be at least 0, but got {weight}.")
+        if sks.mode == "loss":
+            raise MisconfigurationException(
+                "KnowledgeLoss compares the answers of a source with its target, but got one with mode='loss', which"
+                " gives losses. Pass a BlackBoxLayer with mode='vjp'."
+            )
         if isinstance(target, str) and target != "batch":
             raise ValueError(
                 f"Expected argument `target` to be 'batch', a number or a function of the batch, but got {target!r}."

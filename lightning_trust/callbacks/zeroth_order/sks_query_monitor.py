@@ -16,8 +16,7 @@ from lightning_trust.core.step import HostCallback
 from lightning_trust.nn import BlackBoxLayer, Simulator, SimulatorCounts
 
 _COUNTED = tuple(SimulatorCounts().__dict__)
-_EVALUATION = "evaluation_queries"
-_TOTALS = (*_COUNTED, _EVALUATION)
+_TOTALS = (*_COUNTED, "evaluation_queries", "one_sided")
 
 
 class SKSQueryMonitor(HostCallback):
@@ -32,7 +31,8 @@ class SKSQueryMonitor(HostCallback):
     ``trust/sks_queries``, rows that were asked; ``trust/sks_evaluation_queries``, those of them that were asked outside
     of training steps; ``trust/sks_cache_hits``, rows answered from memory;
     ``trust/sks_failures``, rows left without an answer; ``trust/sks_retries``; ``trust/sks_seconds``, spent waiting;
-    and ``trust/sks_failure_rate``, failures over queries; ``trust/sks_snr``, signal to noise of the last estimate from
+    ``trust/sks_one_sided``, differences that became one-sided at the bounds or for a missing answer;
+    ``trust/sks_failure_rate``, failures over queries; and ``trust/sks_snr``, signal to noise of the last estimate from
     random directions, where there is one. A test logs the queries and the failure rate of its own.
 
     Paper: Zeroth-Order SciML: Non-intrusive Integration of Scientific Software with Deep Learning (arXiv 2206.02785).
@@ -66,6 +66,7 @@ class SKSQueryMonitor(HostCallback):
         self._earlier = dict.fromkeys(_TOTALS, 0.0)
         self._at_batch_start = 0
         self._in_steps = 0
+        self._one_sided = 0
         self._told = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -88,6 +89,7 @@ class SKSQueryMonitor(HostCallback):
         self._layers = [layer for layer in found if layer.simulator is not None]
         simulators = {id(layer.simulator): layer.simulator for layer in self._layers if layer.simulator is not None}
         self._start = [(each, SimulatorCounts(**asdict(each.counts))) for each in simulators.values()]
+        self._one_sided = sum(layer.statistics.one_sided for layer in self._layers)
 
     def _here(self) -> SimulatorCounts:
         """The counts of this rank, in this run."""
@@ -132,7 +134,9 @@ class SKSQueryMonitor(HostCallback):
         here = self._here()
         step = here.queries - self._at_batch_start
         self._in_steps += step
-        numbers = [*(float(getattr(here, name)) for name in _COUNTED), here.queries - self._in_steps, step]
+        one_sided = sum(layer.statistics.one_sided for layer in self._layers) - self._one_sided
+        counted = [float(getattr(here, name)) for name in _COUNTED]
+        numbers = [*counted, here.queries - self._in_steps, one_sided, step]
         # one collective a step, whatever has failed on which rank
         sums = torch.tensor(numbers, dtype=torch.float64, device=pl_module.device)
         sum_over_ranks_([sums])

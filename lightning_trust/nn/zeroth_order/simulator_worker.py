@@ -7,6 +7,7 @@ nothing else of this package.
 from __future__ import annotations
 
 import importlib
+import signal
 from typing import Any
 
 
@@ -60,4 +61,6 @@ def serve(connection: Any, simulator: Any) -> None:
 
 
 if "connection" in globals():
+    # Ctrl-C is the parent's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     serve(globals()["connection"], globals()["simulator"])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -168,6 +169,8 @@ def test_ranks_with_unequal_failures_equal_one_rank_with_all(tmp_path):
 def test_bad_input():
     with pytest.raises(ValueError, match="`weight` to be at least 0, but got -1.0"):
         KnowledgeLoss(BlackBoxLayer("numpy.tanh", 3), weight=-1.0)
+    with pytest.raises(MisconfigurationException, match="mode='loss', which gives losses"):
+        KnowledgeLoss(BlackBoxLayer("numpy.tanh", 3, mode="loss", downstream=lambda answers: answers[:, 0]))
     with pytest.raises(ValueError, match="`target` to be 'batch', a number or a function of the batch, but got 'x'"):
         KnowledgeLoss(BlackBoxLayer("numpy.tanh", 3), target="x")
     with pytest.raises(ValueError, match=r"`target` to give the shape of the answers, \(8, 3\), but got \(8, 6\)"):

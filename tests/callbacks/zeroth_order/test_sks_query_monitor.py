@@ -98,6 +98,20 @@ def test_hits_failures_and_noise():
     assert trainer.callback_metrics["trust/sks_queries"] == host.box.simulator.counts.queries - counts.queries
 
 
+def test_one_sided_differences_are_counted():
+    class Bounded(Host):
+        def __init__(self):
+            super().__init__()
+            # most steps leave the box on one side
+            self.net.append(BlackBoxLayer("numpy.tanh", 3, "cge", mu=0.9, scale=1.0, bounds=(-1.0, 1.0), squash=True))
+
+    monitor = SKSQueryMonitor()
+    host = Bounded()
+    trainer = fit(host, monitor, max_epochs=1)
+    assert monitor.totals["one_sided"] == host.net[-1].statistics.one_sided > 0
+    assert trainer.callback_metrics["trust/sks_one_sided"] == monitor.totals["one_sided"]
+
+
 @pytest.mark.parametrize(("budget", "steps"), [(8 * SAMPLE * 3, 3), (8 * SAMPLE * 4 - 1, 3), (1, 1), (10**9, 12)])
 def test_the_run_stops_before_the_budget_is_spent(budget, steps):
     monitor = SKSQueryMonitor(budget=budget)
