@@ -20,6 +20,7 @@ from typing import Any
 import lightning_trust.attacks
 import lightning_trust.callbacks
 import lightning_trust.datamodules
+import lightning_trust.modules
 import lightning_trust.nn
 import lightning_trust.optim
 from benchmarks.results import Result
@@ -37,6 +38,7 @@ ROOMS = (
     lightning_trust.attacks,
     lightning_trust.callbacks,
     lightning_trust.datamodules,
+    lightning_trust.modules,
     lightning_trust.nn,
     lightning_trust.optim,
 )
@@ -373,6 +375,9 @@ def _arguments(name: str) -> str:
     rows = []
     for parameter in inspect.signature(kind).parameters.values():
         default = "required" if parameter.default is parameter.empty else f"`{parameter.default!r}`"
+        if inspect.isfunction(parameter.default):
+            # its words stand beside it; its address is another one each time
+            default = "a function"
         rows.append([f"`{parameter.name}`", default, words[parameter.name]])
     return _table(["Argument", "Default", "What it is"], rows)
 
