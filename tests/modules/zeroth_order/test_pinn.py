@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_trust.callbacks import ExactResume
+from lightning_trust.callbacks import ExactResume, ZerothOrderGradient
 from lightning_trust.datamodules import HJB20, Heat, PDEDataModule, PDEProblem, Poisson
 from lightning_trust.modules import PINNModule
 from lightning_trust.nn import (
@@ -25,6 +25,7 @@ from lightning_trust.nn import (
     TTLinear,
     tensorize,
 )
+from lightning_trust.optim import CGE
 from tests.two_ranks import QUIET, assert_equal_states, fit_on_two_ranks
 
 
@@ -184,6 +185,29 @@ def test_step_without_gradients_leaves_no_graph():
         residual = module.residual(torch.rand(4, 2))
     assert not residual.requires_grad
     assert residual.dtype == torch.float64
+
+
+class Gradient(pl.Callback):
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.found = torch.cat([parameter.grad.flatten() for parameter in pl_module.parameters()])
+
+
+@pytest.mark.parametrize("number", range(2))
+def test_differences_in_the_weights_give_the_gradient_of_back_propagation(number):
+    found = []
+    for sources in ([], [ZerothOrderGradient(CGE(mu=1e-4))]):
+        watch = Gradient()
+        net = tensorize(pinn(width=16).net, rank=2, min_params=200)
+        estimator = [SparseGridDerivatives(2, 3, 0.05), SteinDerivatives(8)][number]
+        module = PINNModule(net, Poisson(2), estimator, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+        run = trainer(max_steps=1, limit_val_batches=0, precision="64-true", callbacks=[*sources, watch])
+        torch.manual_seed(3)
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.normal_(std=0.3)
+        run.fit(module, data())
+        found.append(watch.found)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3 * found[0].abs().max().item())
 
 
 def test_autocast_stays_off():
