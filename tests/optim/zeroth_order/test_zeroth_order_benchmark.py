@@ -15,8 +15,8 @@ def test_mezo_step():
     assert memory["medians"]["largest"] == 64 * 64 * 4
     # what a step holds beside a forward pass is the memory of the largest tensor, and some scalars
     held = memory["medians"]["mezo"] - memory["medians"]["forward"]
-    assert memory["medians"]["largest"] <= held <= 1.1 * memory["medians"]["largest"]
-    assert memory["reached"]
+    assert memory["medians"]["largest"] <= held <= memory["medians"]["largest"] + 8192
+    assert memory["value"] < 1.3
 
 
 def test_command(tmp_path, monkeypatch, capsys):
