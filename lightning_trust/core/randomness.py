@@ -227,14 +227,60 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(states: dict[str, Any]) -> None:
-    """Put the global generators in a state that :func:`random_state` returned."""
-    torch.set_rng_state(states["torch"].cpu())
-    version, words, gauss = states["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, keys, position, has_gauss, cached = states["numpy"]
-    np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), int(position), int(has_gauss), cached))
+    """Put the global generators in a state that :func:`random_state` returned, or those that are in a part of it."""
+    if "torch" in states:
+        torch.set_rng_state(states["torch"].cpu())
+    if "python" in states:
+        version, words, gauss = states["python"]
+        random.setstate((version, tuple(words), gauss))
+    if "numpy" in states:
+        name, keys, position, has_gauss, cached = states["numpy"]
+        np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), int(position), int(has_gauss), cached))
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+
+
+class RepeatedDraws:
+    """Evaluates code again and again with the same numbers from the global generators.
+
+    Python's and NumPy's generators are slow to set; they are left alone once an evaluation was seen not to draw from
+    them. :meth:`finish` puts all of them back where they were when this was made.
+
+    Args:
+        states: Where each evaluation starts: what :func:`random_state` returned.
+
+    """
+
+    def __init__(self, states: dict[str, Any]) -> None:
+        self._start = states
+        self._outer = random_state()
+        self._drawn: set[str] | None = None
+
+    def rewind(self) -> None:
+        """Put the generators where an evaluation starts."""
+        if self._drawn is None:
+            set_random_state(self._start)
+        else:
+            set_random_state({name: self._start[name] for name in self._drawn})
+
+    def look(self) -> None:
+        """After an evaluation: see which generators it drew from."""
+        if self._drawn is None:
+            now = random_state()
+            slow = {"python": now["python"] != self._start["python"], "numpy": not _same(now, self._start)}
+            # torch's are quick, and what most steps draw from
+            quick = {name for name in self._start if name not in slow}
+            self._drawn = quick | {name for name, drew in slow.items() if drew}
+
+    def finish(self) -> None:
+        """Put the generators back where they were in the beginning."""
+        set_random_state(self._outer)
+
+
+def _same(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether two states of NumPy's generator are equal."""
+    (name, words, *rest), (other, others, *more) = first["numpy"], second["numpy"]
+    return name == other and rest == more and torch.equal(words.cpu(), others.cpu())
 
 
 @contextmanager

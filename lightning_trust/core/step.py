@@ -26,10 +26,9 @@ from lightning_trust.core.host import ATTACHMENT, WrappedMethod, find_network, o
 from lightning_trust.core.modes import untouched_batchnorm
 from lightning_trust.core.randomness import (
     RandomStreams,
+    RepeatedDraws,
     default_seed,
     random_state,
-    set_random_state,
-    untouched_random_state,
 )
 
 Stage = Literal["fit", "validate", "test", "predict"]
@@ -335,7 +334,9 @@ class StepChain:
         self._kept: tuple[Any, Any, Any] | None = None
         self._evaluations = 0
         self._extras: Mapping[str, Any] | None = None
-        self._replay: Callable[[], Tensor | None] | None = None
+        self._replay: Callable[[RepeatedDraws | None], Tensor | None] | None = None
+        self._start: dict[str, Any] = {}
+        self._draws: RepeatedDraws | None = None
         self._other: Callable[[Any], Callable[[], Tensor | None]] | None = None
 
     def __call__(self, host: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -362,7 +363,8 @@ class StepChain:
         step = self._step(host, once, context)
         self._extras = None
         if self.replayable and self._replay is None:
-            self._replay = functools.partial(self._replayed, host, step, prepared, random_state())
+            self._start = random_state()
+            self._replay = functools.partial(self._replayed, host, step, prepared, self._start)
         try:
             loss = step(prepared)
         except _SkippedStepError:
@@ -388,7 +390,7 @@ class StepChain:
         self, host: Any, once: Callable[[Any], Any], context: StepContext, batch: Any
     ) -> Callable[[], Tensor | None]:
         prepared = self._prepared(host, batch, context)
-        return functools.partial(self._replayed, host, self._step(host, once, context), prepared, random_state())
+        return functools.partial(self._replayed, host, self._step(host, once, context), prepared, random_state(), None)
 
     def replay(self) -> Tensor | None:
         """Evaluate the loss of the current micro-batch once more.
@@ -399,22 +401,38 @@ class StepChain:
         """
         if self._replay is None:
             raise RuntimeError("Expected a training step to have run before its loss is evaluated again, but none has.")
-        return self._replay()
+        return self._replay(self._draws)
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """Evaluate the loss of the current micro-batch many times inside, at less cost a time."""
+        self._draws = RepeatedDraws(self._start)
+        try:
+            yield
+        finally:
+            self._draws.finish()
+            self._draws = None
 
     def _replayed(
-        self, host: nn.Module, step: Callable[[Any], Tensor], prepared: Any, state: dict[str, Any]
+        self,
+        host: nn.Module,
+        step: Callable[[Any], Tensor],
+        prepared: Any,
+        state: dict[str, Any],
+        draws: RepeatedDraws | None,
     ) -> Tensor | None:
-        with (
-            muted(host),
-            untouched_random_state(),
-            untouched_batchnorm(host),
-            self.trainer.precision_plugin.train_step_context(),
-        ):
-            set_random_state(state)
+        alone = RepeatedDraws(state) if draws is None else draws
+        with muted(host), untouched_batchnorm(host), self.trainer.precision_plugin.train_step_context():
+            alone.rewind()
             try:
                 return step(prepared)
             except _SkippedStepError:
                 return None
+            finally:
+                if draws is None:
+                    alone.finish()
+                else:
+                    draws.look()
 
     def _prepared(self, host: Any, batch: Any, context: StepContext) -> Any:
         for transform in self.transforms:

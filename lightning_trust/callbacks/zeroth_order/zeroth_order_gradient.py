@@ -221,8 +221,9 @@ class ZerothOrderGradient(HostCallback):
         # the loss that comes here is divided already, and a division may have cost it digits
         clean = loss if windows == 1 else None
         seed = self.random.sample_seed("directions", host.trainer.fit_loop.total_batch_idx)
-        oracle = self._oracle(host, self._chain_of_run.replay, seed, clean)
-        self.note(self.estimator.add(oracle, 1.0 / windows))
+        with self._chain_of_run.replaying():
+            oracle = self._oracle(host, self._chain_of_run.replay, seed, clean)
+            self.note(self.estimator.add(oracle, 1.0 / windows))
 
     @property
     def _chain_of_run(self) -> StepChain:

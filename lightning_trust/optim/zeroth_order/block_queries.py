@@ -384,20 +384,35 @@ class BlockQueries:
 
 
 class _SamplesLast(TorchFunctionMode):
-    """Lets a cross-entropy over few classes run along the samples.
+    """Lets a mean cross-entropy over few classes run along the samples.
 
-    The loss is the same; a softmax over a short last dimension takes many times longer than one over the first.
+    The loss is the same; a softmax over a short last dimension takes many times longer than one over the first, and a
+    batched negative log-likelihood is made of many small operations.
     """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.cross_entropy and len(args) == 2 and kwargs.get("reduction", "mean") != "none":
-            logits, targets = args
-            if isinstance(targets, Tensor) and logits.ndim == 2 and targets.ndim == 1:
-                return func(logits.T[None], targets[None], **kwargs)
+        if func is F.cross_entropy and len(args) == 2 and _plain_mean(args[1], kwargs):
+            classes_first = args[0].T
+            chosen = classes_first.gather(0, args[1][None])[0]
+            return (classes_first.logsumexp(0) - chosen).mean()
         return func(*args, **kwargs)
+
+
+def _plain_mean(targets: Tensor, settings: dict[str, Any]) -> bool:
+    """Whether a cross-entropy is the mean over samples with one class each, none of which is ignored."""
+    others = {
+        "weight": None,
+        "size_average": None,
+        "ignore_index": -100,
+        "reduce": None,
+        "reduction": "mean",
+        "label_smoothing": 0.0,
+    }
+    plain = all(name in others and others[name] == value for name, value in settings.items())
+    return plain and targets.ndim == 1 and not targets.is_floating_point() and bool((targets >= 0).all())
 
 
 class _NotAChainError(Exception):
