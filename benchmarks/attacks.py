@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from benchmarks.adversarial_step import memory, training_step
 from benchmarks.timing import medians
-from lightning_trust.attacks import APGD, FGSM, PGD, Attack, AutoAttack, Square, ZOSignSGD
+from lightning_trust.attacks import APGD, FGSM, PGD, Attack, AutoAttack, Square, ZOSignAttack
 from lightning_trust.core.files import write_json
 from lightning_trust.core.randomness import SampleDraws
 from lightning_trust.core.records import hardware, versions
@@ -234,7 +234,7 @@ def line_up(steps: int = 100, n_queries: int = 500, scale: int = 1) -> dict[str,
         "PGD-50 x 5": PGD(EPS, STEP, max(1, 50 // scale), restarts=5),
         "APGD-CE": APGD(EPS, steps=steps),
         "AutoAttack": AutoAttack(EPS, steps=steps, n_queries=n_queries),
-        "ZO-signSGD": ZOSignSGD(EPS, steps=steps, lr=0.01, q=10),
+        "ZO-signSGD": ZOSignAttack(EPS, steps=steps, lr=0.01, q=10),
         "Square": Square(EPS, n_queries=n_queries),
     }
 

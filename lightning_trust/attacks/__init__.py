@@ -17,7 +17,7 @@ from lightning_trust.attacks.search import SearchAttack
 from lightning_trust.attacks.simba import SimBA
 from lightning_trust.attacks.square import Square
 from lightning_trust.attacks.worst_of import WorstOf
-from lightning_trust.attacks.zeroth_order import NES, ZOSignSGD
+from lightning_trust.attacks.zeroth_order import NES, ZOSignAttack
 
 __all__ = [
     "APGD",
@@ -45,7 +45,7 @@ __all__ = [
     "SimBA",
     "Square",
     "WorstOf",
-    "ZOSignSGD",
+    "ZOSignAttack",
     "check_gradient_masking",
     "find_planted_weakness",
 ]

@@ -95,7 +95,7 @@ class _ZerothOrderAttack(SearchAttack):
         return problem.clip(x + project(moved - x, self.eps, self.norm))
 
 
-class ZOSignSGD(_ZerothOrderAttack):
+class ZOSignAttack(_ZerothOrderAttack):
     r"""Ascent along the sign of a gradient that is estimated from scores.
 
     .. math:: x \leftarrow P\big(x + \eta \, \mathrm{sign}(\hat g)\big), \qquad
@@ -125,7 +125,7 @@ class ZOSignSGD(_ZerothOrderAttack):
     Example:
         >>> import torch
         >>> model = lambda x: torch.stack([x.sum(dim=1), 1.8 - x.sum(dim=1)], dim=1)
-        >>> attack = ZOSignSGD(eps=0.2, steps=40, lr=0.01)
+        >>> attack = ZOSignAttack(eps=0.2, steps=40, lr=0.01)
         >>> found = attack(model, torch.full((1, 4), 0.25), torch.tensor([0]))
         >>> bool(model(found).argmax() == 1), attack.queries.tolist()
         (True, [34])
