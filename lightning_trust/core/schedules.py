@@ -83,6 +83,40 @@ class Steps(Schedule):
 
 
 @dataclass(frozen=True)
+class Cosine(Schedule):
+    r"""From one value to another along half a cosine, and then constant.
+
+    .. math:: v(t) = b + \frac{a - b}{2} \Big(1 + \cos\frac{\pi t}{T}\Big)
+
+    Args:
+        start: Value :math:`a` at the beginning.
+        end: Value :math:`b` from ``epochs`` on.
+        epochs: How long :math:`T` it takes, in epochs; positive.
+
+    Raises:
+        ValueError: If ``epochs`` is not positive.
+
+    Example:
+        >>> [round(Cosine(1.0, 0.0, epochs=10).value_at(epoch), 3) for epoch in (0, 5, 10, 12)]
+        [1.0, 0.5, 0.0, 0.0]
+
+    """
+
+    start: float
+    end: float
+    epochs: float
+
+    def __post_init__(self) -> None:
+        if not self.epochs > 0:
+            raise ValueError(f"Expected argument `epochs` to be positive, but got {self.epochs}.")
+
+    def value_at(self, epochs: float) -> float:
+        """The value after so many epochs."""
+        share = min(1.0, max(0.0, epochs / self.epochs))
+        return self.end + (self.start - self.end) / 2.0 * (1.0 + math.cos(math.pi * share))
+
+
+@dataclass(frozen=True)
 class Product(Schedule):
     """The product of other schedules, such as a warm-up and the steps after it.
 

@@ -17,6 +17,7 @@ from lightning_trust.nn.adversarial import (
     straight_through_top1,
 )
 from lightning_trust.nn.language import LoRA, create_causal_network, find_adapter, with_lora
+from lightning_trust.nn.mlp import MLP
 from lightning_trust.nn.networks import create_network
 from lightning_trust.nn.resnet import ThinResNet, resnet18_small, resnet20
 from lightning_trust.nn.small_cnn import SmallCNN
@@ -41,6 +42,7 @@ from lightning_trust.nn.zeroth_order import (
 )
 
 __all__ = [
+    "MLP",
     "AutogradDerivatives",
     "BlackBoxLayer",
     "BlackBoxStatistics",

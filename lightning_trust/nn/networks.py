@@ -12,10 +12,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_trust.nn.adversarial.convert import moe_resnet18, moe_small_cnn
+from lightning_trust.nn.mlp import MLP
 from lightning_trust.nn.resnet import resnet18_small, resnet20
 from lightning_trust.nn.small_cnn import SmallCNN, check_sizes
 
 _OWN: dict[str, Callable[..., nn.Module]] = {
+    "MLP": MLP,
     "SmallCNN": SmallCNN,
     "moe_resnet18": moe_resnet18,
     "moe_small_cnn": moe_small_cnn,
@@ -29,7 +31,8 @@ def create_network(name: str, in_channels: int = 3, num_classes: int = 10, **arg
 
     A name is looked up in this order, and the first that knows it builds the network:
 
-    1. this package: ``"SmallCNN"``, ``"moe_resnet18"``, ``"moe_small_cnn"``, ``"resnet18_small"``, ``"resnet20"``;
+    1. this package: ``"MLP"``, ``"SmallCNN"``, ``"moe_resnet18"``, ``"moe_small_cnn"``, ``"resnet18_small"``,
+       ``"resnet20"``;
     2. timm, a pre-trained tag included: ``"resnet18"``, ``"vit_tiny_patch16_224.augreg_in21k"``;
     3. torchvision: ``"shufflenet_v2_x1_0"``, or ``"torchvision.models.resnet18"`` where timm has the name too. Its stem
        is replaced where ``in_channels`` is not three;

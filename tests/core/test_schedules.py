@@ -1,9 +1,10 @@
 """Schedules: their values, the edges of their pieces, and what they refuse."""
 
 import pytest
+import torch
 from jsonargparse import ArgumentParser
 
-from lightning_trust.core.schedules import LinearWarmup, Product, Schedule, Steps
+from lightning_trust.core.schedules import Cosine, LinearWarmup, Product, Schedule, Steps
 
 
 @pytest.mark.parametrize(
@@ -50,3 +51,14 @@ def test_yaml_builds_them_by_their_short_names():
     config = parser.parse_object({"rate": {"class_path": "Product", "init_args": {"schedules": parts}}})
     rate = parser.instantiate(config).rate
     assert rate == Product([LinearWarmup(0.0, 1.0, 5), Steps([1.0, 0.1], [75])])
+
+
+def test_cosine_is_that_of_torch():
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.5)
+    peer = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=7, eta_min=0.1)
+    for epoch in range(8):
+        assert Cosine(0.5, 0.1, epochs=7).value_at(epoch) == pytest.approx(peer.get_last_lr()[0])
+        optimizer.step()
+        peer.step()
+    with pytest.raises(ValueError, match="`epochs` to be positive, but got 0"):
+        Cosine(1.0, 0.0, epochs=0)
