@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from lightning_trust.catalog import method
 from lightning_trust.core.files import read_json, write_json
+from lightning_trust.core.records import hardware, versions
 
 VERSION = 1
 Stored = TypeVar("Stored", bound="StoredResult")
@@ -36,6 +38,23 @@ class StoredResult:
         strange = sorted({row.seed for row in self.rows} ^ set(self.seeds))
         if strange:
             raise ValueError(f"Expected argument `seeds` to be those of the rows, but they differ in {strange}.")
+
+    @classmethod
+    def measured_here(
+        cls: type[Stored], method_name: str, experiment: str, rows: Sequence[Any], **fields: Any
+    ) -> Stored:
+        """The result of a method of the catalog, measured just now on this machine."""
+        return cls(
+            method=method_name,
+            experiment=experiment,
+            config=method(method_name).config,
+            hardware=hardware(),
+            versions=versions(),
+            created=now(),
+            seeds=sorted({row.seed for row in rows}),
+            rows=rows,
+            **fields,
+        )
 
     def content(self) -> dict[str, Any]:
         """What a file holds."""

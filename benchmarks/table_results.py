@@ -5,13 +5,11 @@ The format is written down in benchmarks/README.md.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from benchmarks.stored import StoredResult, now
-from lightning_trust.catalog import method
-from lightning_trust.core.records import hardware, versions
+from benchmarks.stored import StoredResult
 
 Unit = Literal["percent", "points", "seconds", "ratio", "number"]
 
@@ -63,20 +61,3 @@ class TableResult(StoredResult):
         if name == "columns":
             return {each: Column(**column) for each, column in value.items()}
         return super().parsed(name, value)
-
-    @classmethod
-    def measured_here(
-        cls, method_name: str, experiment: str, columns: Mapping[str, Column], rows: Sequence[TableRow]
-    ) -> TableResult:
-        """The result of a method of the catalog, measured just now on this machine."""
-        return cls(
-            method=method_name,
-            experiment=experiment,
-            config=method(method_name).config,
-            hardware=hardware(),
-            versions=versions(),
-            created=now(),
-            seeds=sorted({row.seed for row in rows}),
-            rows=rows,
-            columns=columns,
-        )

@@ -34,6 +34,7 @@ from benchmarks.zo_sciml_problems import WIDTH, Fitted, Problem, elements, oscil
 
 COLUMNS = {
     "rmse": Column("Test RMSE", "number"),
+    "mae": Column("Test MAE", "number"),
     "r2": Column("R2", "number"),
     "queries": Column("Queries, thousands", "number"),
     "cosine": Column("Cosine to the true gradient", "number"),
@@ -80,11 +81,13 @@ def measured(problems: list[Problem], method: Callable[..., Fitted | None], seed
         queries += fitted.queries
         failures += fitted.failures
         cosines += fitted.cosines
-    squared = torch.cat(errors).square()
+    absolute = torch.cat(errors).abs()
+    squared = absolute.square()
     every = torch.cat(targets)
     spread = (every - every.mean(dim=0)).square()
     return {
         "rmse": float(squared.mean().sqrt()),
+        "mae": float(absolute.mean()),
         "r2": float((1.0 - squared.sum(dim=0) / spread.sum(dim=0)).mean()),
         "queries": queries / len(problems) / 1000.0,
         "cosine": sum(cosines) / len(cosines) if cosines else None,
@@ -146,7 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
         f" {WIDTH} and {STEPS} steps of Adam on whole batches for all, the learning rate chosen on validation"
         " rows; queries and time of one training"
     )
-    print(TableResult.measured_here("zo-sciml", words, COLUMNS, found).write(Path(options.out)))
+    print(TableResult.measured_here("zo-sciml", words, found, columns=COLUMNS).write(Path(options.out)))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python -m docs.generate
 
 A generated part stands between ``<!-- generated: WHAT -->`` and ``<!-- end -->``, where WHAT is one of: ``methods``;
-``demo``; ``results``; ``robustness``; ``result METHOD``; ``overhead``; ``attacks``; ``arguments CLASS``;
-``papers METHOD``; ``file PATH``.
+``demo``; ``results``; ``robustness``; ``result METHOD``; ``curves METHOD``; ``overhead``; ``attacks``;
+``arguments CLASS``; ``papers METHOD``; ``file PATH``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import inspect
 import json
 import os
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import lightning_trust.datamodules
 import lightning_trust.modules
 import lightning_trust.nn
 import lightning_trust.optim
+from benchmarks.curve_results import CurveResult, drawing
 from benchmarks.results import Result
 from benchmarks.robustness_results import RobustnessResult, RobustnessRow
 from benchmarks.table_results import Column, TableResult
@@ -83,6 +85,7 @@ def _part(what: str, page: Path) -> str:
         "results": lambda: _results(page),
         "robustness": lambda: _robustness(ROOT / method("adversarial-training").results),
         "result": lambda: _result_of(method(argument)),
+        "curves": lambda: _curves(method(argument), page),
         "overhead": lambda: _overhead(RESULTS / "overhead.json"),
         "attacks": lambda: _attacks(RESULTS / "attacks.json"),
         "arguments": lambda: _arguments(argument),
@@ -128,8 +131,8 @@ def _result_of(entry: MethodEntry) -> str:
     path = ROOT / entry.results
     if _forgets(entry):
         return _result(path)
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["kind"] == TableResult.kind:
-        return _figures(path)
+    if path.is_file() and (kind := json.loads(path.read_text(encoding="utf-8"))["kind"]) != RobustnessResult.kind:
+        return {TableResult.kind: _figures, CurveResult.kind: _budgets}[kind](path)
     return _robustness(path)
 
 
@@ -357,7 +360,56 @@ def _number(value: float | None, places: int) -> str:
     return "" if value is None else f"{value:.{places}f}"
 
 
-def _where(result: Result | RobustnessResult | TableResult) -> str:
+#: forward passes at which the tables of curves are cut
+BUDGETS = (1_000, 3_000, 10_000, 30_000, 100_000)
+
+
+def _budgets(path: Path) -> str:
+    """Accuracy of every run within budgets of forward passes."""
+    if not path.is_file():
+        return NOT_YET
+    result = CurveResult.read(path)
+    head = ["Training", "Passes a step", *(f"{budget:,}" for budget in BUDGETS), "At its end", "Passes to 85 %"]
+    rows = []
+    for run, curves in result.runs().items():
+        within = [result.median_at(run, budget) for budget in BUDGETS]
+        ends = statistics.median(curve.accuracy[-1] for curve in curves)
+        reach = result.median_to_reach(run, 0.85)
+        rows.append(
+            [
+                run,
+                f"{statistics.median(curve.step_queries for curve in curves):,.0f}",
+                *("" if value is None else percent(value) for value in within),
+                f"{percent(ends)} ({statistics.median(curve.queries[-1] for curve in curves):,.0f})",
+                "not reached" if reach is None else f"{reach:,.0f}",
+            ]
+        )
+    words = "Accuracy in percent within so many forward passes of a batch, medians over seeds."
+    return f"{_table(head, rows, numbers=len(head) - 1)}\n\n{_where(result)} {words}"
+
+
+def _curves(entry: MethodEntry, page: Path) -> str:
+    """The drawing of a method's curves, which stands beside its page."""
+    if not (ROOT / entry.results).is_file():
+        return NOT_YET
+    return f"![Accuracy against forward passes]({os.path.relpath(_drawing_of(entry), page.parent)})"
+
+
+def _drawing_of(entry: MethodEntry) -> Path:
+    return (ROOT / entry.docs).with_suffix(".svg")
+
+
+def drawings() -> dict[Path, str]:
+    """Every drawing of the docs, made anew from its result."""
+    found = {}
+    for entry in METHODS:
+        path = ROOT / entry.results
+        if path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("kind") == CurveResult.kind:
+            found[_drawing_of(entry)] = drawing(CurveResult.read(path))
+    return found
+
+
+def _where(result: Result | RobustnessResult | TableResult | CurveResult) -> str:
     seeds = "seed" if len(result.seeds) == 1 else "means over seeds"
     device = result.hardware.get("accelerator") or f"{result.hardware['cpu']}, {result.hardware['cores']} cores"
     versions = ", ".join(
@@ -403,6 +455,10 @@ def main() -> None:
         if new != text:
             page.write_text(new, encoding="utf-8")
             print(f"updated {page.relative_to(ROOT)}")
+    for path, content in drawings().items():
+        if not path.is_file() or path.read_text(encoding="utf-8") != content:
+            path.write_text(content, encoding="utf-8")
+            print(f"updated {path.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

@@ -115,6 +115,11 @@ def test_generated_parts_are_current(path):
     assert generate.filled(text, path) == text, "run: python -m docs.generate"
 
 
+def test_drawings_are_current():
+    for path, content in generate.drawings().items():
+        assert path.read_text(encoding="utf-8") == content, f"{path}: python -m docs.generate"
+
+
 def test_unknown_parts_are_refused():
     with pytest.raises(ValueError, match="one of .*, but got 'nothing' in page.md"):
         generate.filled("<!-- generated: nothing -->\n<!-- end -->", Path("page.md"))

@@ -83,9 +83,9 @@ def test_what_is_no_result_is_refused(result, tmp_path):
 
 
 def test_measured_here_says_where_and_with_what():
-    found = TableResult.measured_here("dat", "words", COLUMNS, ROWS)
+    found = TableResult.measured_here("dat", "words", ROWS, columns=COLUMNS)
     assert (found.config, found.seeds) == ("configs/adversarial/dat.yaml", [1, 2])
     assert found.versions["torch"] == torch.__version__
     assert found.hardware["cores"] >= 1
     with pytest.raises(ValueError, match="'dta'"):
-        TableResult.measured_here("dta", "words", COLUMNS, ROWS)
+        TableResult.measured_here("dta", "words", ROWS, columns=COLUMNS)
