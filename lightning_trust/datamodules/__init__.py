@@ -16,7 +16,7 @@ from lightning_trust.datamodules.image_rows import ImageRows, ImageRowsDataModul
 from lightning_trust.datamodules.language import (
     ByteTokenizer,
     CodeCorpus,
-    CodeOrigin,
+    CodeOrProse,
     LabeledText,
     PromptedText,
     TextDataModule,
@@ -45,7 +45,7 @@ __all__ = [
     "ByteTokenizer",
     "CXRDataModule",
     "CodeCorpus",
-    "CodeOrigin",
+    "CodeOrProse",
     "CollocationPoints",
     "Digits",
     "ElementDensityDataModule",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning_trust.datamodules.language.code_corpus import CodeCorpus
-from lightning_trust.datamodules.language.code_origin import CodeOrigin
+from lightning_trust.datamodules.language.code_or_prose import CodeOrProse
 from lightning_trust.datamodules.language.labeled_text import LabeledText
 from lightning_trust.datamodules.language.prompted_text import PromptedText
 from lightning_trust.datamodules.language.text_rows import TextDataModule, TokenRows
@@ -12,7 +12,7 @@ from lightning_trust.datamodules.language.tokenizers import ByteTokenizer, make_
 __all__ = [
     "ByteTokenizer",
     "CodeCorpus",
-    "CodeOrigin",
+    "CodeOrProse",
     "LabeledText",
     "PromptedText",
     "TextDataModule",

@@ -12,12 +12,23 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
-from lightning_trust.datamodules import ByteTokenizer, CodeCorpus, CodeOrigin, LabeledText, PromptedText, make_tokenizer
-from lightning_trust.datamodules.language.code_origin import passages
+from lightning_trust.datamodules import (
+    ByteTokenizer,
+    CodeCorpus,
+    CodeOrProse,
+    LabeledText,
+    PromptedText,
+    make_tokenizer,
+)
+from lightning_trust.datamodules.language.code_or_prose import code_and_prose, passages
 from lightning_trust.datamodules.language.python_sources import files_of, source_files
 from lightning_trust.datamodules.language.text_rows import PadRows, TokenRows
 
 SMALL = {"train_rows": 40, "val_rows": 8, "test_rows": 8}
+
+
+def words(number):
+    return " ".join("abcdefghij"[int(digit)] * 3 for digit in str(number))
 
 
 @pytest.fixture
@@ -26,7 +37,11 @@ def sources(tmp_path):
     for package in ("aaa", "bbb"):
         (tmp_path / package / "test").mkdir(parents=True)
         for number in range(5):
-            lines = [f"{package[0]}{number}_{line} = {line}" for line in range(40)]
+            count = 1000 * (1 + (package == "bbb")) + 100 * number
+            lines = [
+                f'def {package}_{number}{line}():\n    """{words(count + line)}."""\n    9{number}{line}'
+                for line in range(20)
+            ]
             (tmp_path / package / f"m{number}.py").write_text("\n".join(lines))
         (tmp_path / package / "test" / "m9.py").write_text("left out")
         (tmp_path / package / "data.txt").write_text("left out")
@@ -137,34 +152,46 @@ def test_corpus_of_packages():
 
 
 # -- classes -----------------------------------------------------------------------------------------------------------
-def test_origin_of_passages(sources):
-    data = CodeOrigin(("aaa", "bbb"), 30, root=str(sources), train_rows=10, val_rows=4, test_rows=None)
+def test_rows_are_code_or_prose(sources):
+    data = CodeOrProse(None, 20, root=str(sources), train_rows=10, val_rows=4, test_rows=None)
     data.setup()
     for part in ("train", "val", "test"):
         dataset = getattr(data, f"{part}_dataset")
         assert dataset.targets.bincount().tolist() == [len(dataset) // 2] * 2
         for place, row in enumerate(dataset):
             text = data.tokenizer.decode(row["input_ids"].tolist())
-            assert text.endswith("\n# from " + "ab"[dataset.targets[place]])
-            assert text[0] == "ab"[dataset.targets[place]]
+            label = dataset.targets[place]
+            assert text.endswith("\n# This is " + "cp"[label])
+            # the code of these sources has numbers, their prose has none
+            assert any(character.isdigit() for character in text) == (label == 0)
             assert (row["labels"] == -100).sum() == len(row["labels"]) - 1
-            assert row["labels"][-1] == dataset.candidates[dataset.targets[place]]
+            assert row["labels"][-1] == dataset.candidates[label]
     assert not texts(data, "train") & texts(data, "test")
 
 
-def test_passages_that_name_a_package_are_left_out(sources):
-    for number in range(5):
-        path = sources / "aaa" / f"m{number}.py"
-        path.write_text(f"import bbb  # {'x' * 30}\n" + path.read_text())
-    data = CodeOrigin(("aaa", "bbb"), 30, root=str(sources), train_rows=None, val_rows=None, test_rows=None)
-    data.setup()
-    bodies = [text.rpartition("\n# from")[0] for text in texts(data, "train") | texts(data, "test")]
-    assert bodies
-    assert not any("bbb" in body for body in bodies)
+def test_code_and_prose_of_a_source():
+    source = '''"""Top
+    line."""
+import os  # a comment
+class A:
+    """Only this."""
+async def f(x):
+    """Inside.
+
+    More.
+    """
+    return "text"
+'''
+    code, prose = code_and_prose(source)
+    assert code == "import os class A: pass async def f(x): return 'text'"
+    assert prose == "Top line. Only this. Inside. More."
+    assert code_and_prose("") == ("", "")
 
 
-def test_passages_are_whole_lines():
-    assert passages("a = 1\n\n  b = 2  \nc = 345678\nd", 12) == ["a = 1\n  b = ", "c = 345678\nd"]
+def test_passages_begin_with_words():
+    assert passages("a bb ccc dddd", 4) == ["a bb", "ccc "]
+    assert passages("abcdefgh", 3) == ["abc"]
+    assert passages("ab", 3) == []
 
 
 class Words(PromptedText):
@@ -215,7 +242,7 @@ def test_workers_and_lightning(tmp_path):
         def configure_optimizers(self):
             return None
 
-    data = CodeOrigin(("asyncio", "email"), num_workers=1, batch_size=8, **SMALL)
+    data = CodeOrProse(["json", "email"], num_workers=1, batch_size=8, **SMALL)
     trainer = pl.Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, fast_dev_run=True
     )
@@ -231,9 +258,9 @@ def test_workers_and_lightning(tmp_path):
         (CodeCorpus, {"max_length": 1}, "`max_length` to be an integer of at least 2, but got 1"),
         (CodeCorpus, {"train_rows": 0}, "`train_rows` to be an integer of at least 1, but got 0"),
         (CodeCorpus, {"packages": []}, r"`packages` to name one, or to be None, but got \[\]"),
-        (CodeOrigin, {"characters": 0}, "`characters` to be an integer of at least 1, but got 0"),
-        (CodeOrigin, {"packages": ["xml"]}, "`words` to hold a word for each of two classes"),
-        (CodeOrigin, {"template": "text"}, "`template` to have '{text}' once, but got 'text'"),
+        (CodeOrProse, {"characters": 0}, "`characters` to be an integer of at least 1, but got 0"),
+        (CodeOrProse, {"packages": []}, r"`packages` to name one, or to be None, but got \[\]"),
+        (CodeOrProse, {"template": "text"}, "`template` to have '{text}' once, but got 'text'"),
         (LabeledText, {"val_rows": 0}, "`val_rows` to be an integer of at least 1, but got 0"),
     ],
 )
@@ -244,15 +271,20 @@ def test_arguments_out_of_range(kind, arguments, words):
 
 def test_what_is_not_there(tmp_path, sources):
     with pytest.raises(ValueError, match="package 'nothing' in .* to hold Python files, but got none"):
-        CodeOrigin(("nothing", "aaa"), root=str(sources)).setup()
+        CodeOrProse(["nothing", "aaa"], root=str(sources)).setup()
+    with pytest.raises(ValueError, match="`words` to hold a word for each of two classes, but got"):
+        Words((" one",))
     with pytest.raises(ValueError, match="at least 3 files, one a part, but got"):
         files_of("train", {"a.py": tmp_path}, 0)
     with pytest.raises(MisconfigurationException, match="`train_rows` of CodeCorpus to be at most .* but got 100000"):
         CodeCorpus(root=str(sources), train_rows=100000).setup()
-    with pytest.raises(MisconfigurationException, match="`test_rows` of CodeOrigin .*, as many of each class, but got"):
-        CodeOrigin(("aaa", "bbb"), 30, root=str(sources), train_rows=4, val_rows=4, test_rows=4000).setup()
-    with pytest.raises(ValueError, match="`max_length` to leave room for a text beside the 9 tokens"):
-        CodeOrigin(("aaa", "bbb"), root=str(sources), max_length=9).setup()
+    with pytest.raises(MisconfigurationException, match="`test_rows` of CodeOrProse .*, as many of each class, but"):
+        CodeOrProse(None, 20, root=str(sources), train_rows=4, val_rows=4, test_rows=4000).setup()
+    with pytest.raises(ValueError, match="`max_length` to leave room for a text beside the 12 tokens"):
+        CodeOrProse(None, root=str(sources), max_length=12).setup()
+    (sources / "aaa" / "m0.py").write_text("no python")
+    with pytest.raises(SyntaxError):
+        CodeOrProse(None, 20, root=str(sources), train_rows=4, val_rows=4, test_rows=4).setup()
     with pytest.raises(FileNotFoundError, match=r"train.tsv to be the file of the train rows"):
         LabeledText(str(tmp_path)).setup()
     (tmp_path / "train.tsv").write_text("text\tlabel\nx\t0\n")

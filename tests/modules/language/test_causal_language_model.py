@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from lightning_trust.callbacks import ExactResume
 from lightning_trust.core.schedules import LinearWarmup
-from lightning_trust.datamodules import CodeOrigin
+from lightning_trust.datamodules import CodeOrProse
 from lightning_trust.modules import CausalLanguageModel
 from lightning_trust.nn import LoRA
 from tests.conformance import Kill
@@ -48,10 +48,10 @@ QUIET: dict[str, Any] = {
 }
 
 
-def data(**settings: Any) -> CodeOrigin:
-    defaults = {"packages": ("asyncio", "xml"), "characters": 24, "max_length": 40, "batch_size": 8}
+def data(**settings: Any) -> CodeOrProse:
+    defaults = {"packages": ("email", "json"), "characters": 24, "max_length": 40, "batch_size": 8}
     rows = {"train_rows": 32, "val_rows": 20, "test_rows": 12}
-    return CodeOrigin(**{**defaults, **rows, **settings})
+    return CodeOrProse(**{**defaults, **rows, **settings})
 
 
 def made(**settings: Any) -> CausalLanguageModel:
@@ -59,7 +59,7 @@ def made(**settings: Any) -> CausalLanguageModel:
     return CausalLanguageModel(**{"config": LLAMA, **settings})
 
 
-def batch_of(module: CodeOrigin) -> dict[str, torch.Tensor]:
+def batch_of(module: CodeOrProse) -> dict[str, torch.Tensor]:
     module.setup()
     return next(iter(module.val_dataloader()))
 
@@ -88,7 +88,7 @@ def test_evaluation_counts_labels_and_classes():
             tokens = row["input_ids"]
             logits = host(tokens[None])[0, -2]
             losses.append(-logits.log_softmax(0)[tokens[-1]])
-            right.append(logits[module.val_dataset.candidates].argmax() == (tokens[-1] == ord("x")).long())
+            right.append(logits[module.val_dataset.candidates].argmax() == (tokens[-1] == ord("p")).long())
     mean = torch.stack(losses).mean().item()
     assert found["val/loss"] == pytest.approx(mean, rel=1e-5)
     assert found["val/perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
