@@ -46,6 +46,8 @@ class Problem:
     twin: Callable[[Tensor], Tensor]
     bounds: tuple[Any, Any]
     dim: int
+    #: what errors are multiplied with in tables
+    unit: float = 1.0
 
     @property
     def out_dim(self) -> int:
@@ -97,7 +99,7 @@ def oscillator(count: int, seed: int, fold: int = 0, validate: bool = False) -> 
     data.setup()
     test = (data.val_dataset if validate else data.test_dataset).tensors
     bounds = (list(LOWEST), list(HIGHEST))
-    return Problem(data.train_dataset.tensors, test, (), oscillator_trajectory, trajectory_twin, bounds, 2)
+    return Problem(data.train_dataset.tensors, test, (), oscillator_trajectory, trajectory_twin, bounds, 2, 100.0)
 
 
 # -- training ----------------------------------------------------------------------------------------------------------

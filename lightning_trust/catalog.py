@@ -263,6 +263,27 @@ METHODS: tuple[MethodEntry, ...] = (
             "lightning_trust.callbacks.AverageOf",
         ),
     ),
+    _entry(
+        "zo-sciml",
+        "Put an unmodified simulator or program into the network, and train through it from its answers alone",
+        (
+            Paper(
+                "Zeroth-Order SciML: Non-intrusive Integration of Scientific Software with Deep Learning",
+                "2022, arXiv:2206.02785",
+            ),
+        ),
+        "zeroth_order",
+        (
+            "lightning_trust.modules.SKSModule",
+            "lightning_trust.nn.BlackBoxLayer",
+            "lightning_trust.nn.Simulator",
+            "lightning_trust.callbacks.KnowledgeLoss",
+            "lightning_trust.callbacks.SKSQueryMonitor",
+            "lightning_trust.datamodules.ElementDensityDataModule",
+            "lightning_trust.datamodules.OscillatorDataModule",
+        ),
+        room="modules",
+    ),
 )
 
 
