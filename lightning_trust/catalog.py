@@ -264,6 +264,29 @@ METHODS: tuple[MethodEntry, ...] = (
         ),
     ),
     _entry(
+        "deepzero",
+        "Train from scratch without back-propagation, from differences of the loss at a tenth of the weights",
+        (
+            Paper(
+                "DeepZero: Scaling up Zeroth-Order Optimization for Deep Model Training",
+                "ICLR 2024, arXiv:2310.02025",
+            ),
+        ),
+        "zeroth_order",
+        (
+            "lightning_trust.callbacks.DynamicSparseGradient",
+            "lightning_trust.callbacks.ZerothOrderGradient",
+            "lightning_trust.optim.CGE",
+            "lightning_trust.optim.RGE",
+            "lightning_trust.optim.ForwardGradient",
+            "lightning_trust.optim.ZOSGD",
+            "lightning_trust.optim.ZOAdam",
+            "lightning_trust.optim.ZOSignSGD",
+            "lightning_trust.optim.ZOSVRG",
+            "lightning_trust.optim.ZOConservative",
+        ),
+    ),
+    _entry(
         "zo-sciml",
         "Put an unmodified simulator or program into the network, and train through it from its answers alone",
         (

@@ -88,9 +88,9 @@ def method_of(path):
     return path.name.partition(".")[0]
 
 
-def scientific(path):
-    """Whether a configuration has a simulator in its network, and data of its own."""
-    return method_of(path) == "zo_sciml"
+def gradient_free(path):
+    """Whether a configuration trains without back-propagation, on data and with networks of its own."""
+    return "zeroth_order" in path.parts
 
 
 def flags(path):
@@ -178,7 +178,7 @@ def test_a_second_run_replaces_the_checkpoint(path):
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in SMALL if path != BASE and not robust(path) and not scientific(path)], ids=name_of
+    "path", [path for path in SMALL if path != BASE and not robust(path) and not gradient_free(path)], ids=name_of
 )
 def test_small_runs_differ_from_the_existing_one_in_what_they_say(path):
     base, content = read(BASE), read(path)
@@ -279,7 +279,7 @@ def test_paper_configuration_is_parsed_and_built(path, tmp_path, monkeypatch):
         ],
     )
     assert not list(tmp_path.iterdir())
-    if "data" in OWN.get(method_of(path), ()) or scientific(path):
+    if "data" in OWN.get(method_of(path), ()) or gradient_free(path):
         return
     data = getattr(cli.datamodule, "datamodule", cli.datamodule)
     rows = 49000 if robust(path) else 45000
@@ -441,7 +441,7 @@ def test_overlay_keeps_all_of_a_users_own(path, user, capsys):
     if path in METHOD_OF:
         names = [kind.rpartition(".")[2] for kind in METHOD_OF[path].classes]
         # a method with a module of its own has a callback for the modules of others
-        assert set(names if scientific(path) else names[:1]) & set(attached)
+        assert set(names if gradient_free(path) else names[:1]) & set(attached)
     if robust(path):
         assert bool(wrapper) == isinstance(split, RepeatBatches)
         assert any(name.startswith("RobustEvaluation") for name in attached)
@@ -452,14 +452,14 @@ def test_overlay_keeps_all_of_a_users_own(path, user, capsys):
         record = RunRecord.read("runs/theirs")
         assert record.role == ("method" if path in METHOD_OF else "retrain")
         assert record.forget["retain"] == 36
-    elif not scientific(path):
+    elif not gradient_free(path):
         zeros = torch.cat(
             [(parameter == 0).flatten() for parameter in (cli.model.head.weight, cli.model.encoder[0].weight)]
         )
         assert zeros.float().mean().item() == pytest.approx(0.8, abs=0.01)
 
 
-@pytest.mark.parametrize("path", [path for path in OVERLAYS if not robust(path) and not scientific(path)], ids=name_of)
+@pytest.mark.parametrize("path", [path for path in OVERLAYS if not robust(path) and not gradient_free(path)], ids=name_of)
 def test_overlay_starts_from_the_users_checkpoint(path, user, capsys):
     cli = main(["fit", "--config=user.yaml", f"--config={path}", "--trainer.max_epochs=1", "--model.rate=0.0"])
     weight = cli.model.head.weight
