@@ -20,7 +20,7 @@ class CodeCorpus(TextDataModule):
 
     Args:
         packages: Packages of the library to be read, such as ``["json", "email"]``; all of it if None.
-        root: A folder of Python files to be read in its place.
+        sources: A folder of Python files to be read in its place.
         tokenizer: ``"bytes"``, 258 tokens; or the name of a tokenizer on the hub of Hugging Face, or a folder.
         max_length: Tokens of a row.
         batch_size: Rows per batch.
@@ -47,7 +47,7 @@ class CodeCorpus(TextDataModule):
     def __init__(
         self,
         packages: Sequence[str] | None = None,
-        root: str | None = None,
+        sources: str | None = None,
         tokenizer: str = "bytes",
         max_length: int = 128,
         batch_size: int = 16,
@@ -61,13 +61,13 @@ class CodeCorpus(TextDataModule):
         if packages is not None and not packages:
             raise ValueError("Expected argument `packages` to name one, or to be None, but got [].")
         self.packages = packages
-        self.root = root
+        self.sources = sources
 
     def read(self, part: Part) -> TokenRows:
         """All rows of a part."""
         files = {}
         for package in self.packages or (None,):
-            files.update(source_files(self.root, package))
+            files.update(source_files(self.sources, package))
         end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         encoded = [
             np.asarray([*self.tokenizer.encode(read_source(path), add_special_tokens=False), *end], dtype=np.int32)

@@ -24,7 +24,7 @@ class CodeOrProse(PromptedText):
         packages: Packages of the library to be read; all of it if None.
         characters: Length of a passage.
         template: What is around a text, with ``{text}`` for it.
-        root: A folder of Python files to be read in place of the standard library.
+        sources: A folder of Python files to be read in place of the standard library.
         tokenizer: ``"bytes"``, 258 tokens; or the name of a tokenizer on the hub of Hugging Face, or a folder.
         max_length: Largest number of tokens of a row; a text is cut at its end to fit in.
         batch_size: Rows per batch.
@@ -54,7 +54,7 @@ class CodeOrProse(PromptedText):
         packages: Sequence[str] | None = ("asyncio", "email", "http", "importlib", "logging", "unittest", "xml"),
         characters: int = 64,
         template: str = "{text}\n# This is",
-        root: str | None = None,
+        sources: str | None = None,
         tokenizer: str = "bytes",
         max_length: int = 96,
         batch_size: int = 16,
@@ -81,13 +81,13 @@ class CodeOrProse(PromptedText):
             raise ValueError("Expected argument `packages` to name one, or to be None, but got [].")
         self.packages = packages
         self.characters = characters
-        self.root = root
+        self.sources = sources
 
     def texts(self, part: Part) -> list[tuple[str, int]]:
         """All passages of a part: 0 for code, 1 for prose."""
         files = {}
         for package in self.packages or (None,):
-            files.update(source_files(self.root, package))
+            files.update(source_files(self.sources, package))
         found = []
         for path in files_of(part, files, self.seed):
             for label, text in enumerate(code_and_prose(read_source(path))):

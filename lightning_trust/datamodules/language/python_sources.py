@@ -16,25 +16,25 @@ _LEFT_OUT = {"__pycache__", "dist-packages", "idlelib", "lib2to3", "site-package
 _TEST, _VAL = 0.2, 0.1
 
 
-def source_files(root: str | None, package: str | None = None) -> dict[str, Path]:
+def source_files(sources: str | None, package: str | None = None) -> dict[str, Path]:
     """Python files by their names below the root, sorted.
 
     Args:
-        root: A folder; the standard library of the running interpreter if None.
+        sources: A folder; the standard library of the running interpreter if None.
         package: A package right below it; all of it if None.
 
     Raises:
         ValueError: If there are none.
 
     """
-    base = Path(sysconfig.get_paths()["stdlib"] if root is None else root)
+    base = Path(sysconfig.get_paths()["stdlib"] if sources is None else sources)
     found = {}
     for folder, below, files in os.walk(base if package is None else base / package):
         below[:] = [name for name in below if name not in _LEFT_OUT]
         for path in (Path(folder, name) for name in files if name.endswith(".py")):
             found[path.relative_to(base).as_posix()] = path
     if not found:
-        where = f"`root`={str(base)!r}" if package is None else f"the package '{package}' in {str(base)!r}"
+        where = f"`sources`={str(base)!r}" if package is None else f"the package '{package}' in {str(base)!r}"
         raise ValueError(f"Expected {where} to hold Python files, but got none.")
     return dict(sorted(found.items()))
 

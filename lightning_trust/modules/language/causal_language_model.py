@@ -49,7 +49,8 @@ class CausalLanguageModel(pl.LightningModule):
         - ``forward``: tokens and mask -> logits ``(B, T, V)``.
 
     Args:
-        model: Name on the hub of Hugging Face, or a folder; its weights are loaded.
+        model: Name on the hub of Hugging Face, a folder, or a checkpoint (``.ckpt``) of this class without an adapter;
+            its weights are loaded.
         config: In place of ``model``: what makes a network of random weights, ``model_type`` and the arguments of its
             configuration in transformers.
         lora: An adapter; all other weights are frozen then. None for none.
@@ -70,8 +71,9 @@ class CausalLanguageModel(pl.LightningModule):
             number of steps that the run does not have.
 
     Note:
-        ``load_from_checkpoint`` builds the network as it was built first, from the hub or the folder, and needs
-        ``optimizer`` and a ``schedule`` that is no word again where training goes on. Under LightningCLI it keeps all.
+        A checkpoint names the architecture, so that ``load_from_checkpoint`` needs neither the hub nor the folder that
+        the network came from. It needs ``optimizer`` and a ``schedule`` that is no word again where training goes on;
+        under LightningCLI it keeps all.
 
     Example:
         >>> import torch
@@ -169,6 +171,13 @@ class CausalLanguageModel(pl.LightningModule):
     def on_test_epoch_end(self) -> None:
         """Log ``test/perplexity``."""
         self.log("test/perplexity", self.test_loss.compute().exp(), sync_dist=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Name the architecture in place of where the weights came from: those are in the checkpoint."""
+        arguments = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY)
+        if arguments is not None:
+            network: Any = self.network
+            arguments.update(model=None, config=network.config.to_dict())
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer of what is trained and, unless it is constant, its learning rate per step."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -61,7 +62,8 @@ def create_causal_network(
     """A causal language model of transformers.
 
     Args:
-        model: Name on the hub of Hugging Face, or a folder; its weights are loaded.
+        model: Name on the hub of Hugging Face, a folder, or a checkpoint (``.ckpt``) of a ``CausalLanguageModel``
+            without an adapter; its weights are loaded.
         config: In place of ``model``: what makes a network of random weights, ``model_type`` and the arguments of its
             configuration, such as ``{"model_type": "llama", "vocab_size": 258, "hidden_size": 64}``.
         lora: An adapter; all other weights are frozen then. None for none.
@@ -73,7 +75,9 @@ def create_causal_network(
 
     Raises:
         ModuleNotFoundError: If transformers, or peft, is missing; the error names the extra.
-        ValueError: If ``config`` has no ``model_type``, or peft finds no layer of ``lora.target_modules``.
+        FileNotFoundError: If there is no such checkpoint.
+        ValueError: If ``config`` has no ``model_type``, a checkpoint is none of a ``CausalLanguageModel`` or has an
+            adapter, or peft finds no layer of ``lora.target_modules``.
         MisconfigurationException: If not exactly one of ``model`` and ``config`` is given.
 
     Example:
@@ -92,7 +96,9 @@ def create_causal_network(
     transformers = language_library("transformers", "A causal language model")
     kind = getattr(torch, dtype)
     network: nn.Module
-    if model is not None:
+    if model is not None and model.endswith(".ckpt"):
+        network = _from_checkpoint(model, dtype)
+    elif model is not None:
         network = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=kind)
     else:
         arguments = dict(config or {})
@@ -106,6 +112,24 @@ def create_causal_network(
         network.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)  # type: ignore[operator]
     # transformers hands out networks in eval mode
     return (network if lora is None else with_lora(network, lora)).train()
+
+
+def _from_checkpoint(path: str, dtype: Precision) -> nn.Module:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"Expected argument `model` to be a checkpoint, but '{path}' does not exist.")
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    arguments = saved.get("hyper_parameters", {})
+    if not arguments.get("config") or arguments.get("lora"):
+        found = "one with an adapter" if arguments.get("lora") else f"the arguments {sorted(arguments)}"
+        raise ValueError(
+            f"Expected argument `model` to be a checkpoint of a CausalLanguageModel without an adapter, but got {found}"
+            f" in '{path}'."
+        )
+    network = create_causal_network(config=arguments["config"], dtype=dtype)
+    prefix = "network."
+    state = saved["state_dict"].items()
+    network.load_state_dict({name[len(prefix) :]: value for name, value in state if name.startswith(prefix)})
+    return network
 
 
 def with_lora(network: nn.Module, lora: LoRA) -> nn.Module:

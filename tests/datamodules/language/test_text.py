@@ -125,7 +125,7 @@ def test_the_standard_library_is_that_of_the_interpreter():
 
 
 def test_corpus_is_the_text_of_its_files(sources):
-    data = CodeCorpus(root=str(sources), max_length=16, val_rows=None, test_rows=None, batch_size=4)
+    data = CodeCorpus(sources=str(sources), max_length=16, val_rows=None, test_rows=None, batch_size=4)
     data.setup()
     train = data.train_dataset
     whole = data.tokenizer.decode(train.rows.flatten().tolist())
@@ -153,7 +153,7 @@ def test_corpus_of_packages():
 
 # -- classes -----------------------------------------------------------------------------------------------------------
 def test_rows_are_code_or_prose(sources):
-    data = CodeOrProse(None, 20, root=str(sources), train_rows=10, val_rows=4, test_rows=None)
+    data = CodeOrProse(None, 20, sources=str(sources), train_rows=10, val_rows=4, test_rows=None)
     data.setup()
     for part in ("train", "val", "test"):
         dataset = getattr(data, f"{part}_dataset")
@@ -271,20 +271,20 @@ def test_arguments_out_of_range(kind, arguments, words):
 
 def test_what_is_not_there(tmp_path, sources):
     with pytest.raises(ValueError, match="package 'nothing' in .* to hold Python files, but got none"):
-        CodeOrProse(["nothing", "aaa"], root=str(sources)).setup()
+        CodeOrProse(["nothing", "aaa"], sources=str(sources)).setup()
     with pytest.raises(ValueError, match="`words` to hold a word for each of two classes, but got"):
         Words((" one",))
     with pytest.raises(ValueError, match="at least 3 files, one a part, but got"):
         files_of("train", {"a.py": tmp_path}, 0)
     with pytest.raises(MisconfigurationException, match="`train_rows` of CodeCorpus to be at most .* but got 100000"):
-        CodeCorpus(root=str(sources), train_rows=100000).setup()
+        CodeCorpus(sources=str(sources), train_rows=100000).setup()
     with pytest.raises(MisconfigurationException, match="`test_rows` of CodeOrProse .*, as many of each class, but"):
-        CodeOrProse(None, 20, root=str(sources), train_rows=4, val_rows=4, test_rows=4000).setup()
+        CodeOrProse(None, 20, sources=str(sources), train_rows=4, val_rows=4, test_rows=4000).setup()
     with pytest.raises(ValueError, match="`max_length` to leave room for a text beside the 12 tokens"):
-        CodeOrProse(None, root=str(sources), max_length=12).setup()
+        CodeOrProse(None, sources=str(sources), max_length=12).setup()
     (sources / "aaa" / "m0.py").write_text("no python")
     with pytest.raises(SyntaxError):
-        CodeOrProse(None, 20, root=str(sources), train_rows=4, val_rows=4, test_rows=4).setup()
+        CodeOrProse(None, 20, sources=str(sources), train_rows=4, val_rows=4, test_rows=4).setup()
     with pytest.raises(FileNotFoundError, match=r"train.tsv to be the file of the train rows"):
         LabeledText(str(tmp_path)).setup()
     (tmp_path / "train.tsv").write_text("text\tlabel\nx\t0\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -209,6 +210,38 @@ def test_a_checkpoint_loads_by_itself(tmp_path, lora):
     assert [p.requires_grad for p in loaded.parameters()] == [p.requires_grad for p in host.parameters()]
     tokens = torch.arange(10)[None]
     torch.testing.assert_close(loaded.eval()(tokens), host.eval()(tokens), rtol=0.0, atol=0.0)
+
+
+def test_a_checkpoint_needs_no_folder_that_the_network_came_from(tmp_path):
+    made(config=GPT2).network.save_pretrained(tmp_path / "base")
+    host = made(config=None, model=str(tmp_path / "base"), lora=LoRA(2, target_modules=["c_attn"]))
+    run = pl.Trainer(max_epochs=1, **QUIET)
+    run.fit(host, data())
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    shutil.rmtree(tmp_path / "base")
+    loaded = CausalLanguageModel.load_from_checkpoint(tmp_path / "last.ckpt")
+    assert_equal_states(loaded.state_dict(), host.state_dict())
+
+
+def test_an_adapter_on_the_network_of_a_checkpoint(tmp_path):
+    first = made()
+    run = pl.Trainer(max_epochs=1, **QUIET)
+    run.fit(first, data())
+    run.save_checkpoint(tmp_path / "first.ckpt")
+    second = CausalLanguageModel(str(tmp_path / "first.ckpt"), lora=ADAPTER)
+    tokens = torch.arange(10)[None]
+    # an adapter is zero at first
+    torch.testing.assert_close(second.eval()(tokens), first.eval()(tokens))
+    run = pl.Trainer(max_epochs=1, **QUIET)
+    run.fit(second, data())
+    run.save_checkpoint(tmp_path / "second.ckpt")
+    with pytest.raises(ValueError, match="without an adapter, but got one with an adapter in '.*second.ckpt'"):
+        CausalLanguageModel(str(tmp_path / "second.ckpt"))
+    with pytest.raises(FileNotFoundError, match="`model` to be a checkpoint, but 'nowhere.ckpt' does"):
+        CausalLanguageModel("nowhere.ckpt")
+    torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
+    with pytest.raises(ValueError, match=r"without an adapter, but got the arguments \[\] in"):
+        CausalLanguageModel(str(tmp_path / "foreign.ckpt"))
 
 
 @pytest.mark.parametrize("after", [2, 6])
