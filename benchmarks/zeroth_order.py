@@ -3,26 +3,42 @@
     python -m benchmarks.zeroth_order [--rounds 15]
 
 All that is compared runs in one process, on the same network and batch, in turn; a figure of time is a ratio of
-medians. Memory is the largest sum of live storage that torch's profiler saw allocated on the CPU from the start of the work:
-weights, which are there before, do not count. Results go to benchmarks/results/zeroth_order.json.
+medians. Memory is the largest sum of live storage that torch's profiler saw allocated on the CPU from the start of the
+work: weights, which are there before, do not count. Results go to benchmarks/results/zeroth_order.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import json
+import logging
+import tempfile
 import warnings
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-from benchmarks.overhead import peak_bytes, row
-from benchmarks.timing import medians
-from lightning_trust.core.files import write_json
-from lightning_trust.core.records import hardware, versions
-from lightning_trust.optim import MeZO
+torch.set_num_threads(1)
+
+import lightning.pytorch as pl  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
+
+from benchmarks.overhead import peak_bytes, row  # noqa: E402
+from benchmarks.timing import medians  # noqa: E402
+from lightning_trust.callbacks import ZerothOrderGradient  # noqa: E402
+from lightning_trust.core.files import write_json  # noqa: E402
+from lightning_trust.core.records import hardware, versions  # noqa: E402
+from lightning_trust.modules import ImageClassifier  # noqa: E402
+from lightning_trust.nn import MLP  # noqa: E402
+from lightning_trust.optim import CGE, LossOracle, MeZO  # noqa: E402
+from lightning_trust.optim.zeroth_order.oracle import Parallel  # noqa: E402
 
 Row = dict[str, Any]
 
@@ -85,8 +101,141 @@ def mezo_step(rounds: int = 15, width: int = 1024, depth: int = 10, batch_size: 
     ]
 
 
+# -- coordinates -------------------------------------------------------------------------------------------------------
+def digits_mlp() -> tuple[nn.Module, Tensor]:
+    """1,210 parameters, and images of the size of the digits."""
+    return MLP(image_size=8), torch.rand(256, 1, 8, 8)
+
+
+def two_convolutions() -> tuple[nn.Module, Tensor]:
+    """Two convolutions with 2,698 parameters in all, and images of 14 pixels."""
+    network = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(8, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(16 * 9, 10),
+    )
+    return network, torch.rand(256, 1, 14, 14)
+
+
+NETWORKS = {"digits MLP": (digits_mlp, 30.0), "two convolutions": (two_convolutions, 10.0)}
+
+
+def gradient(estimator: CGE, network: nn.Module, images: Tensor) -> Tensor:
+    """The estimate of a whole network as one vector."""
+    targets = torch.arange(len(images)) % 10
+    network.zero_grad(set_to_none=False)
+    estimator.estimate(
+        lambda: F.cross_entropy(network(images), targets), dict(network.named_parameters()), module=network
+    )
+    return torch.cat([parameter.grad.flatten() for parameter in network.parameters() if parameter.grad is not None])
+
+
+def coordinates(rounds: int = 5) -> list[Row]:
+    """All coordinates over one at a time without reuse: times faster, in a loop and in a Trainer, and how equal."""
+    rows = []
+    # one at a time takes seconds
+    few = max(2, rounds // 3)
+    one, every = CGE(feature_reuse=False, chunk=1), CGE()
+    for name, (make, bar) in NETWORKS.items():
+        torch.manual_seed(0)
+        network, images = make()
+        what = f"CGE, {name}, {sum(parameter.numel() for parameter in network.parameters()):,} parameters, batch 256"
+        loop = medians(
+            few, 1, one=partial(gradient, one, network, images), all=partial(gradient, every, network, images)
+        )
+        speed = loop["one"] / loop["all"]
+        rows.append(at_least(f"{what}: times faster than one coordinate at a time", speed, bar, loop))
+        steps = medians(few, 1, one=StepOfTrainer(network, images, one), all=StepOfTrainer(network, images, every))
+        speed = steps["one"] / steps["all"]
+        rows.append(at_least(f"{what}: the same for a step of a Trainer", speed, bar, steps))
+        wide, images = network.double(), images.double()
+        gap = float((gradient(one, wide, images) - gradient(every, wide, images)).abs().max())
+        rows.append(
+            {**row(f"{what}: largest difference of the two in float64", gap, 1e-10, {"gap": gap}), "value": gap}
+        )
+    return rows
+
+
+class StepOfTrainer:
+    """One training step under ``ZerothOrderGradient``, its set-up left out."""
+
+    def __init__(self, network: nn.Module, images: Tensor, estimator: CGE) -> None:
+        targets = torch.arange(len(images)) % 10
+        self.classifier = ImageClassifier(copy.deepcopy(network), schedule="constant")
+        self.loader = DataLoader(TensorDataset(images, targets), batch_size=len(images))
+        self.estimator = estimator
+
+    def __call__(self) -> None:
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_steps=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[ZerothOrderGradient(self.estimator)],
+        )
+        trainer.fit(self.classifier, self.loader)
+
+
+def at_least(what: str, value: float, bar: float, parts: dict[str, float]) -> Row:
+    """A figure that is to be large."""
+    return {**row(what, value, bar, parts), "reached": value >= bar, "least": True}
+
+
+# -- ranks -------------------------------------------------------------------------------------------------------------
+def ranks(rounds: int = 9) -> list[Row]:
+    """Coordinates a second of two ranks that share them, over those of two processes that do not know of each other."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_rank, args=(folder, rounds), nprocs=2)
+        found = json.loads((Path(folder) / "found.json").read_text())
+    # two processes on their own ask 2 d coordinates in their time, the ranks d in theirs
+    speed = found["alone"] / (2.0 * found["shared"])
+    what = f"CGE on two ranks, one thread each, {found['parameters']:,} parameters, batch 256"
+    return [
+        at_least(f"{what}: coordinates a second over those of two independent processes", speed, 0.85, found),
+        row(f"{what}: bytes that a rank sends, of a float32 a coordinate", found["bytes"], 1.0, found),
+    ]
+
+
+def _rank(rank: int, folder: str, rounds: int) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    network, images = two_convolutions()
+    targets = torch.arange(len(images)) % 10
+    parameters = dict(network.named_parameters())
+
+    def estimate(parallel: Parallel) -> int:
+        network.zero_grad(set_to_none=False)
+        dist.barrier()
+        oracle = LossOracle(
+            lambda: F.cross_entropy(network(images), targets), parameters, network, network, parallel=parallel
+        )
+        if parallel == "queries":
+            return CGE().add(oracle).bytes_sent
+        # as one process alone: its values stay with it
+        oracle.combined = lambda values, costs=None: values  # type: ignore[method-assign]
+        CGE().add(oracle)
+        return 0
+
+    found = medians(rounds, shared=lambda: estimate("queries"), alone=lambda: estimate("data"))
+    count = sum(parameter.numel() for parameter in parameters.values())
+    found["bytes"] = estimate("queries") / (4.0 * count)
+    found["parameters"] = count
+    if rank == 0:
+        (Path(folder) / "found.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
 #: what is measured, in this order
-MEASURED: dict[str, Callable[[int], list[Row]]] = {"mezo": mezo_step}
+MEASURED: dict[str, Callable[[int], list[Row]]] = {"mezo": mezo_step, "coordinates": coordinates, "ranks": ranks}
 
 
 def main() -> None:
@@ -97,6 +246,7 @@ def main() -> None:
     parser.add_argument("--output", default="benchmarks/results/zeroth_order.json")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     rows = []
     for name in arguments.only:
         for line in MEASURED[name](arguments.rounds):
