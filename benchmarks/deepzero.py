@@ -4,8 +4,8 @@
 
 An MLP of 1,210 parameters, batch 256, SGD with momentum 0.9 (0 for single random directions) at a constant rate, the
 callback ``ZerothOrderGradient`` in an ordinary Trainer. A pass of the batch is one query; a step of back-propagation
-counts as three. Learning rates stand in :data:`RUNS`, each the best of a few on validation rows with another seed,
-which ``--tune`` prints; sparse coordinates have the rate of all coordinates. Writes
+counts as three. Learning rates stand in :data:`RUNS`, each the best of a few on validation rows with another seed
+and a third of the steps, which ``--tune`` prints; sparse coordinates have the rate of all coordinates. Writes
 benchmarks/results/zeroth_order/deepzero.json.
 """
 
@@ -78,19 +78,19 @@ RUNS: dict[str, Run] = {
     "CGE": Run(0.1, lambda: [ZerothOrderGradient(CGE(mu=5e-3))]),
     "CGE, 90 % sparse, ZO-GraSP": Run(0.1, lambda: _sparse("zo_grasp"), steps=600),
     "CGE, 90 % sparse, uniform": Run(0.1, lambda: _sparse("uniform"), steps=600),
-    "RGE, q = d": Run(0.05, lambda: [ZerothOrderGradient(RGE(q=D, mu=1e-3))]),
-    "RGE, q = d / 10": Run(0.01, lambda: [ZerothOrderGradient(RGE(q=D // 10, mu=1e-3))], steps=600),
-    "MeZO": Run(0.001, lambda: [ZerothOrderGradient(clean_forward=False)], steps=12000, mezo=True),
-    "forward gradient": Run(0.001, lambda: [ZerothOrderGradient(ForwardGradient(q=1))], steps=12000, momentum=0.0),
+    "RGE, q = d": Run(0.2, lambda: [ZerothOrderGradient(RGE(q=D, mu=1e-3))]),
+    "RGE, q = d / 10": Run(0.1, lambda: [ZerothOrderGradient(RGE(q=D // 10, mu=1e-3))], steps=600),
+    "MeZO": Run(0.016, lambda: [ZerothOrderGradient(clean_forward=False)], steps=12000, mezo=True),
+    "forward gradient": Run(0.016, lambda: [ZerothOrderGradient(ForwardGradient(q=1))], steps=12000, momentum=0.0),
 }
 #: learning rates that are tried on validation rows
 RATES: dict[str, tuple[float, ...]] = {
     "back-propagation": (0.03, 0.1, 0.3),
     "CGE": (0.03, 0.1, 0.3),
-    "RGE, q = d": (0.02, 0.05, 0.1, 0.2),
-    "RGE, q = d / 10": (0.005, 0.01, 0.02, 0.05),
-    "MeZO": (0.0005, 0.001, 0.002, 0.004),
-    "forward gradient": (0.0005, 0.001, 0.002, 0.004),
+    "RGE, q = d": (0.05, 0.1, 0.2, 0.4),
+    "RGE, q = d / 10": (0.01, 0.02, 0.05, 0.1, 0.2),
+    "MeZO": (0.004, 0.008, 0.016, 0.03, 0.06),
+    "forward gradient": (0.004, 0.008, 0.016, 0.03),
 }
 
 
@@ -152,7 +152,7 @@ def main() -> None:
     if arguments.tune:
         for name in arguments.runs:
             for lr in RATES.get(name, ()):
-                found = curve(name, seed=0, lr=lr, rows="val")
+                found = curve(name, seed=0, lr=lr, steps=RUNS[name].steps // 3, rows="val")
                 print(json.dumps({"run": name, "lr": lr, "accuracy": round(found.accuracy[-1], 4)}), flush=True)
         return
     curves = []
