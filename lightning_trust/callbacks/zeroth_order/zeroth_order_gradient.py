@@ -14,12 +14,20 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import LBFGS
 
+from lightning_trust.callbacks.zeroth_order.refused_autograd import refused_autograd
 from lightning_trust.core.distributed import world_size
 from lightning_trust.core.host import find_network, named_parameters, overrides
 from lightning_trust.core.passes import transferred
 from lightning_trust.core.randomness import random_state, set_random_state, untouched_random_state
 from lightning_trust.core.step import Attachment, Claim, HostCallback, StepChain, names
-from lightning_trust.optim.zeroth_order import ZOSVRG, Estimate, GradientEstimator, LossOracle, ZerothOrderOptimizer
+from lightning_trust.optim.zeroth_order import (
+    ZOSVRG,
+    Estimate,
+    GradientEstimator,
+    HybridZO,
+    LossOracle,
+    ZerothOrderOptimizer,
+)
 from lightning_trust.optim.zeroth_order.oracle import Parallel, same_loss
 
 #: Called with the host and what evaluates the loss of another batch: which entries are asked, by names of parameters.
@@ -33,6 +41,9 @@ class ZerothOrderGradient(HostCallback):
     that is Lightning's own: accumulation, clipping, masks, any optimizer and scheduler, ``global_step``, checkpoints.
     Without one, the optimizer must be one that asks for losses itself (``MeZO``, ``ZOSGD`` and their kin), and nothing
     is stored that it does not store.
+
+    A step of the host that asks for a derivative itself, by ``loss.backward()`` or ``torch.autograd.grad``, is refused;
+    what other callbacks do around it, such as an attack, is not its affair.
 
     The step is evaluated as often as the estimate needs, all other callbacks' losses included, on the same batch and
     with the same random numbers, so that dropout is the same. The host's logs and metrics, BatchNorm statistics and the
@@ -69,7 +80,7 @@ class ZerothOrderGradient(HostCallback):
             evaluations (in the first step that has one).
         MisconfigurationException: Before training, if the host optimises manually, precision scales the loss, an
             estimator meets an optimizer that asks for losses itself, neither is there, or gradients are to be edited,
-            clipped or accumulated where there are none.
+            clipped or accumulated where there are none; in a step that calls automatic differentiation.
 
     Warns:
         If the run is far shorter than those of the method's paper, or precision hides differences of ``mu``.
@@ -130,6 +141,8 @@ class ZerothOrderGradient(HostCallback):
         self._chain.replayable = True
         attachment.wrap(host, "training_step", self._without_graph, order=-1)
         attachment.wrap(host, "backward", self._estimate_gradient, order=-1)
+        # inside of what other callbacks do with gradients of their own
+        attachment.wrap(host, "training_step", _without_autograd, order=1)
 
     def _check_precision(self, trainer: Any) -> None:
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
@@ -294,6 +307,28 @@ class ZerothOrderGradient(HostCallback):
                 return
             yield chain.replay_of(batch)
 
+    # -- optimizers that have phases -----------------------------------------------------------------------------------
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Tell which epoch begins."""
+        super().on_train_epoch_start(trainer, pl_module)
+        for optimizer in trainer.optimizers:
+            if isinstance(optimizer, HybridZO):
+                optimizer.begin_epoch(trainer.current_epoch)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Report what is monitored."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        for optimizer in trainer.optimizers:
+            if not isinstance(optimizer, HybridZO) or optimizer.monitor is None:
+                continue
+            if optimizer.monitor not in trainer.callback_metrics:
+                raise MisconfigurationException(
+                    f"HybridZO has monitor='{optimizer.monitor}', but a validation logged"
+                    f" {sorted(trainer.callback_metrics)}. Log it, or leave `monitor` out."
+                )
+            optimizer.report(float(trainer.callback_metrics[optimizer.monitor]))
+
     # -- what was found ------------------------------------------------------------------------------------------------
     def note(self, estimate: Estimate) -> None:
         """Count what an estimate cost, and log what it found."""
@@ -335,6 +370,11 @@ class ZerothOrderGradient(HostCallback):
                         optimizer.anchored_on(None)
         self._chain = None
         super()._leave()
+
+
+def _without_autograd(host: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with refused_autograd(f"{type(host).__name__}.training_step"):
+        return call(*args, **kwargs)
 
 
 class _FirstThenAgain:

@@ -18,7 +18,9 @@ from torch.utils.data import DataLoader
 from torchmetrics import SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_trust.callbacks import ExactResume, OneShotPruning, ZerothOrderGradient
+from lightning_trust.attacks import PGD
+from lightning_trust.callbacks import AdversarialTraining, ExactResume, OneShotPruning, ZerothOrderGradient
+from lightning_trust.core.space import InputSpace
 from lightning_trust.optim import CGE, RGE, ZOSGD, ZOSVRG, ForwardGradient, GradientEstimator, MeZO, ZOSignSGD
 from tests.conformance import BATCH, CLASSES, ROWS, CallbackConformance, Data, Host, Kill, PartnerGradient, rows
 from tests.two_ranks import assert_equal_states, fit_on_two_ranks
@@ -117,6 +119,66 @@ def test_no_graph_is_built():
             return loss
 
     trainer(ZerothOrderGradient(RGE())).fit(Looks(), loader())
+
+
+class Differentiates(Host):
+    """Asks for a derivative in the middle of its step, with gradients on or as it comes."""
+
+    def __init__(self, how: str, enabled: bool, optimizer=None) -> None:
+        super().__init__()
+        self.how, self.enabled, self.optimizer = how, enabled, optimizer
+
+    def training_step(self, batch, batch_idx):
+        with torch.set_grad_enabled(self.enabled or torch.is_grad_enabled()):
+            loss = super().training_step(batch, batch_idx)
+            if self.how == "grad":
+                torch.autograd.grad(loss, list(self.parameters()))
+            elif self.how == "functional":
+                torch.autograd.backward([loss])
+            else:
+                loss.backward()
+        return loss.detach().requires_grad_() if torch.is_grad_enabled() else loss
+
+    def configure_optimizers(self):
+        return super().configure_optimizers() if self.optimizer is None else self.optimizer(self.parameters())
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+@pytest.mark.parametrize("how", ["backward", "functional", "grad"])
+def test_a_step_that_differentiates_is_refused(how, enabled):
+    kept = torch.autograd.backward, torch.autograd.grad
+    call = r"`torch\.autograd\.grad`" if how == "grad" else r"`\.backward\(\)`"
+    words = rf"without back-propagation, .* Differentiates.training_step calls {call}"
+    for source, optimizer in ((ZerothOrderGradient(RGE()), None), (ZerothOrderGradient(), partial(MeZO, lr=0.01))):
+        host = Differentiates(how, enabled, optimizer)
+        with pytest.raises(MisconfigurationException, match=words):
+            trainer(source).fit(host, loader())
+        assert (torch.autograd.backward, torch.autograd.grad) == kept
+        assert all(parameter.grad is None for parameter in host.parameters())
+    # what it does is its own affair in a run with back-propagation
+    trainer().fit(Differentiates(how, enabled), loader())
+
+
+def test_an_attack_around_the_step_may_differentiate():
+    """Adversarial examples come from gradients of the network, the gradient of the weights from losses alone."""
+
+    class Looks(Host):
+        seen: ClassVar = []
+
+        def training_step(self, batch, batch_idx):
+            self.seen.append(batch[0].clone())
+            return super().training_step(batch, batch_idx)
+
+    space = InputSpace(-10.0, 10.0)
+    attack = AdversarialTraining(PGD(eps=0.1, steps=2, space=space, random_start=False))
+    host, plain = Looks(), Host()
+    run = trainer(attack, ZerothOrderGradient(CGE(mu=1e-4, central=True)), precision="64-true", max_steps=2)
+    run.fit(host, loader())
+    gap = (host.seen[0] - next(iter(loader()))[0]).abs().amax()
+    torch.testing.assert_close(gap, torch.full_like(gap, 0.1))
+    attack = AdversarialTraining(PGD(eps=0.1, steps=2, space=space, random_start=False))
+    trainer(attack, precision="64-true", max_steps=2).fit(plain, loader())
+    assert_equal_states(host.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-6)
 
 
 def test_snr_and_queries_are_logged_and_kept():
