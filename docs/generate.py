@@ -4,7 +4,7 @@
 
 A generated part stands between ``<!-- generated: WHAT -->`` and ``<!-- end -->``, where WHAT is one of: ``methods``;
 ``demo``; ``results``; ``robustness``; ``result METHOD``; ``curves METHOD``; ``overhead``; ``attacks``;
-``arguments CLASS``; ``papers METHOD``; ``file PATH``.
+``zeroth-order``; ``arguments CLASS``; ``papers METHOD``; ``file PATH``.
 """
 
 from __future__ import annotations
@@ -88,6 +88,7 @@ def _part(what: str, page: Path) -> str:
         "curves": lambda: _curves(method(argument), page),
         "overhead": lambda: _overhead(RESULTS / "overhead.json"),
         "attacks": lambda: _attacks(RESULTS / "attacks.json"),
+        "zeroth-order": lambda: _zeroth_order(RESULTS / "zeroth_order.json"),
         "arguments": lambda: _arguments(argument),
         "papers": lambda: "\n".join(f"- *{paper.title}.* {paper.venue}." for paper in method(argument).papers),
         "file": lambda: f"```yaml\n{(ROOT / argument).read_text(encoding='utf-8').rstrip()}\n```",
@@ -309,17 +310,26 @@ def _attacks(path: Path) -> str:
     return f"{_bars(found, list(map(_bar, found['rows'])))}\n\n{_table(head, lines, len(head) - 1)}\n\n{words}"
 
 
+def _zeroth_order(path: Path) -> str:
+    """What passes, coordinates and ranks cost beside what they are made of."""
+    if not path.is_file():
+        return NOT_YET
+    found = read_json(path, "lightning_trust.zeroth_order", 1)
+    return _bars(found, list(map(_bar, found["rows"])), "Bar")
+
+
 def _bar(row: dict[str, Any]) -> list[str]:
+    bar = f"at least {row['bar']:g}" if row.get("least") else f"{row['bar']:g}"
     if row["reached"] is None:
-        return [row["what"], "not measured", f"{row['bar']:g}", ""]
-    return [row["what"], f"{row['value']:.3g}", f"{row['bar']:g}", "yes" if row["reached"] else "no"]
+        return [row["what"], "not measured", bar, ""]
+    return [row["what"], f"{row['value']:.3g}", bar, "yes" if row["reached"] else "no"]
 
 
-def _bars(found: dict[str, Any], rows: list[list[str]]) -> str:
+def _bars(found: dict[str, Any], rows: list[list[str]], bar: str = "At most") -> str:
     hardware = found["hardware"]
     device = hardware.get("accelerator") or f"{hardware['cpu']}, {found['threads']} threads"
     versions = f"torch {found['versions']['torch']}, lightning {found['versions']['lightning']}"
-    table = _table(["Figure", "Measured", "At most", "Reached"], rows, 3)
+    table = _table(["Figure", "Measured", bar, "Reached"], rows, 3)
     return f"{table}\n\nCosts: ratios of medians of interleaved rounds in one process; {device}; {versions}."
 
 
