@@ -8,7 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_trust.core.modes import eval_mode, frozen_parameters, untouched_batchnorm
+from lightning_trust.core.modes import (
+    eval_mode,
+    frozen_parameters,
+    untouched_batchnorm,
+    unused_running_statistics,
+)
 
 
 def network() -> nn.Sequential:
@@ -84,3 +89,25 @@ def test_untouched_batchnorm_does_not_disturb_a_graph():
         loss = net(x).square().sum()
     loss.backward()
     assert net[1].weight.grad is not None
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_unused_running_statistics_compute_as_ever_and_touch_no_buffer(fails):
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4, track_running_stats=False))
+    net[1].momentum = None
+    x = torch.randn(5, 3)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with suppress(ZeroDivisionError), unused_running_statistics(net):
+        found = net(x)
+        # what carries a derivative can be normalised
+        torch.func.jvp(net, (x,), (torch.ones_like(x),))
+        if fails:
+            raise ZeroDivisionError
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert [net[1].track_running_stats, net[2].track_running_stats] == [True, False]
+    torch.testing.assert_close(found, net(x))
+    assert net[1].num_batches_tracked == 1
+    net.eval()
+    with unused_running_statistics(net[:2]):
+        inside = net[:2](x)
+    assert torch.equal(inside, net[:2](x))

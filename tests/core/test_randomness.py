@@ -12,6 +12,7 @@ import torch
 
 from lightning_trust.core.randomness import (
     RandomStreams,
+    RepeatedDraws,
     default_seed,
     derived_seed,
     keyed_bits,
@@ -181,3 +182,32 @@ def test_saving_the_state_draws_nothing_and_aliases_nothing():
     assert torch.equal(state["torch"], kept["torch"])
     set_random_state(kept)
     assert next_numbers() == numbers
+
+
+@pytest.mark.parametrize("draws", ["torch", "numpy", "python", "nothing"])
+def test_repeated_draws_are_the_same_and_leave_the_generators(draws):
+    kinds = {"torch": torch.rand, "numpy": np.random.rand, "python": lambda _: random.random(), "nothing": int}
+
+    def evaluation():
+        return kinds[draws](1)
+
+    torch.manual_seed(1)
+    np.random.seed(1)
+    random.seed(1)
+    start = random_state()
+    first = evaluation()
+    torch.rand(3), np.random.rand(3), random.random()
+    outer = random_state()
+    repeated = RepeatedDraws(start)
+    for _ in range(3):
+        repeated.rewind()
+        assert evaluation() == first
+        repeated.look()
+    repeated.finish()
+    now = random_state()
+    assert torch.equal(now["torch"], outer["torch"])
+    assert now["python"] == outer["python"]
+    assert all(
+        torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+        for one, other in zip(now["numpy"], outer["numpy"], strict=True)
+    )
