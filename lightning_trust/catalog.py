@@ -287,6 +287,21 @@ METHODS: tuple[MethodEntry, ...] = (
         ),
     ),
     _entry(
+        "mezo",
+        "Fine-tune a language model in the memory of inference: two forward passes a step, nothing is stored",
+        (Paper("Fine-Tuning Language Models with Just Forward Passes", "NeurIPS 2023, arXiv:2305.17333"),),
+        "zeroth_order",
+        (
+            "lightning_trust.optim.MeZO",
+            "lightning_trust.modules.CausalLanguageModel",
+            "lightning_trust.callbacks.SaveAdapter",
+            "lightning_trust.datamodules.CodeOrProse",
+            "lightning_trust.datamodules.CodeCorpus",
+            "lightning_trust.datamodules.LabeledText",
+            "lightning_trust.nn.LoRA",
+        ),
+    ),
+    _entry(
         "zo-sciml",
         "Put an unmodified simulator or program into the network, and train through it from its answers alone",
         (

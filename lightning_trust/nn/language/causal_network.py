@@ -16,7 +16,7 @@ from lightning_trust.nn.language.libraries import language_library
 Precision = Literal["float32", "bfloat16", "float16"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class LoRA:
     r"""A low-rank adapter of the linear layers of a network: :math:`W x + \frac{\alpha}{r} B A x`.
 
