@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -38,7 +39,8 @@ class PINNModule(pl.LightningModule):
     Logs ``train/loss`` and ``train/evaluations`` (network evaluations so far, on this rank) per step;
     ``val/loss``, ``val/rel_l2`` (error of the network itself) and ``val/rel_l2_smoothed`` (of the smoothed network,
     where the estimator smooths, as the paper reports it) per epoch, and the same for ``test``. ``predict`` gives the
-    values of the solution, ``(B,)``. A validation warns where sparse grids of two levels disagree.
+    values of the solution, ``(B,)``. A validation warns where sparse grids of two levels disagree, or where there is no
+    other level to compare with.
 
     Without a data module it brings its own points, a :class:`~lightning_trust.datamodules.PDEDataModule`.
 
@@ -241,8 +243,17 @@ class PINNModule(pl.LightningModule):
 
     def _compare_levels(self, points: Tensor) -> None:
         estimator = self.derivatives
-        if isinstance(estimator, SparseGridDerivatives) and estimator.other_level() is not None:
-            tolerance = 0.1
-            some = points[:_COMPARED].double()
-            with torch.autocast(points.device.type, enabled=False):
-                self._warned = estimator.compare_levels(self._solution, some, tolerance) > tolerance
+        if not isinstance(estimator, SparseGridDerivatives):
+            return
+        if estimator.other_level() is None:
+            self._warned = True
+            rank_zero_warn(
+                f"The sparse grid of level {estimator.level} in {estimator.dim} dimensions cannot be compared with one"
+                " of another level, which would be too large: nothing tells whether it suffices. Look at the error"
+                " where the solution is known, or compare with SteinDerivatives."
+            )
+            return
+        tolerance = 0.1
+        some = points[:_COMPARED].double()
+        with torch.autocast(points.device.type, enabled=False):
+            self._warned = estimator.compare_levels(self._solution, some, tolerance) > tolerance

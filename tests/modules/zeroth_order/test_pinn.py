@@ -301,6 +301,18 @@ class TestComparisonOfLevels:
         trainer().validate(pinn(), data(), verbose=False)
         assert not [each for each in recwarn.list if "sparse grids" in str(each.message)]
 
+    def test_says_once_that_there_is_no_level_to_compare_with(self, recwarn):
+        # level 4 has more than 50,000 nodes from 33 dimensions on
+        pde = Poisson(34)
+        module = PINNModule(SineMLP(34, 4, 2, 1), pde, SparseGridDerivatives(34, 3, 0.1))
+        points = PDEDataModule(pde, 1, steps_per_epoch=1, val_points=1, test_points=1)
+        run = trainer()
+        for _ in range(2):
+            run.validate(module, points, verbose=False)
+        found = [each for each in recwarn.list if "cannot be compared with one of another level" in str(each.message)]
+        assert len(found) == 1
+        assert "level 3 in 34 dimensions" in str(found[0].message)
+
 
 CONFIG = {
     "seed_everything": 1,
