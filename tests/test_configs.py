@@ -38,6 +38,7 @@ PAPER = [path for path in ALL if path.name.endswith(".paper.yaml")]
 OVERLAYS = [path for path in ALL if path.name.endswith(".overlay.yaml")]
 SMALL = [path for path in ALL if path not in {*PAPER, *OVERLAYS, *RECIPES}]
 BASE = CONFIGS / "fashion_mnist.yaml"
+PRETRAINING = CONFIGS / "zeroth_order" / "mezo_pretraining.yaml"
 METHOD_OF = {ROOT / getattr(entry, part): entry for entry in METHODS for part in ("config", "overlay_config")}
 TINY = {
     "data.init_args.root": str(ROOT / "data"),
@@ -50,7 +51,7 @@ TINY = {
 }
 FLAGS = [f"--{key}={value}" for key, value in TINY.items()]
 #: the modules of runs, which state all their arguments
-MODULES = {"ImageClassifier", "MultiLabelClassifier", "SKSModule"}
+MODULES = {"CausalLanguageModel", "ImageClassifier", "MultiLabelClassifier", "SKSModule"}
 #: what the runs of adversarial robustness have of their own, which the plain run has otherwise
 OWN = {
     # large batches are the point of it
@@ -62,7 +63,16 @@ OWN = {
 #: what the network of a user's own run has to be, where an overlay cannot make it so
 MADE = {"advmoe": "moe", "robust_mode_connectivity": "curve"}
 #: what a paper's run would download
-OFFLINE = {"saliency_guided_adversarial_training": ("--model.init_args.network_args={pretrained: false}",)}
+OFFLINE = {
+    "saliency_guided_adversarial_training": ("--model.init_args.network_args={pretrained: false}",),
+    "mezo": (
+        "--model.init_args.model=null",
+        "--model.init_args.config={model_type: opt, vocab_size: 20, hidden_size: 8, word_embed_proj_dim: 8,"
+        " ffn_dim: 8, num_hidden_layers: 1, num_attention_heads: 2, max_position_embeddings: 16}",
+    ),
+}
+#: sections of a user's own that an overlay takes the place of, and what of theirs cannot be beside it
+TAKEN = {"mezo": ("optimizer", "--trainer.gradient_clip_val=null")}
 SECTIONS = ["seed_everything", "model", "data", "data_wrapper", "trainer", "optimizer", "lr_scheduler"]
 ROOMS = (
     lightning_trust.attacks,
@@ -134,13 +144,24 @@ def trained(tmp_path_factory):
     return folder / "checkpoints" / "last.ckpt"
 
 
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory):
+    """The checkpoint of a language model that has read a few rows."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    main(["fit", f"--config={PRETRAINING}", *flags(PRETRAINING), f"--trainer.default_root_dir={folder}"])
+    return folder / "checkpoints" / "last.ckpt"
+
+
 @pytest.fixture
-def place(tmp_path, monkeypatch, trained):
-    """A working directory in which the existing run has been run, and those that give a curve its ends."""
+def place(tmp_path, monkeypatch, trained, pretrained):
+    """A working directory in which the runs have been run that others start from, or that give a curve its ends."""
     monkeypatch.chdir(tmp_path)
     target = Path(read(BASE)["trainer"]["default_root_dir"], "checkpoints", "last.ckpt")
     target.parent.mkdir(parents=True)
     shutil.copy(trained, target)
+    target = Path(read(PRETRAINING)["trainer"]["default_root_dir"], "checkpoints", "last.ckpt")
+    target.parent.mkdir(parents=True)
+    shutil.copy(pretrained, target)
     state = torch.load(trained, weights_only=True)["state_dict"]
     for run, shift in (("adversarial_training", 0.0), ("adversarial_training_l1", 0.01)):
         end = Path("runs", "adversarial", run, "checkpoints", "last.ckpt")
@@ -161,7 +182,7 @@ def test_small_configuration_runs(path, place, capsys):
     state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     assert state.keys() == cli.model.state_dict().keys()
     if path in METHOD_OF:
-        attached = [type(each).__name__ for each in (*cli.trainer.callbacks, cli.model)]
+        attached = [type(each).__name__ for each in (*cli.trainer.callbacks, *cli.trainer.optimizers, cli.model)]
         assert METHOD_OF[path].classes[0].rpartition(".")[2] in attached
     if "data_wrapper" in read(path) and not robust(path):
         record = RunRecord.read(folder)
@@ -409,8 +430,9 @@ def user(tmp_path, monkeypatch):
 @pytest.mark.parametrize("path", OVERLAYS, ids=name_of)
 def test_overlay_keeps_all_of_a_users_own(path, user, capsys):
     kind = f"--model.kind={MADE.get(method_of(path), 'plain')}"
-    alone = main(["fit", "--config=user.yaml", kind])
-    cli = main(["fit", "--config=user.yaml", f"--config={path}", kind])
+    taken, *without = TAKEN.get(method_of(path), ("",))
+    alone = main(["fit", "--config=user.yaml", kind, *without])
+    cli = main(["fit", "--config=user.yaml", f"--config={path}", kind, *without])
 
     # every value of theirs, whether they wrote it or it is a default, is what it was
     before, after = (each.config.fit.as_dict() for each in (alone, cli))
@@ -418,6 +440,8 @@ def test_overlay_keeps_all_of_a_users_own(path, user, capsys):
     before.pop("data_wrapper")
     before.pop("config"), after.pop("config")  # the names of the files
     theirs = before["trainer"].pop("callbacks")
+    for config in (before, after):
+        config.pop(taken, None)
     assert after == before
     assert callbacks[: len(theirs)] == theirs
 
@@ -427,8 +451,8 @@ def test_overlay_keeps_all_of_a_users_own(path, user, capsys):
     assert attached["ModelCheckpoint"].dirpath == str(Path("kept").resolve())
     assert "LearningRateMonitor" in attached
     assert type(cli.trainer.logger).__name__ == "CSVLogger"
-    assert cli.trainer.gradient_clip_val == 0.7
-    assert cli.trainer.optimizers[0].defaults["lr"] == 0.03
+    assert cli.trainer.gradient_clip_val == (None if without else 0.7)
+    assert (cli.trainer.optimizers[0].defaults["lr"] == 0.03) == (taken != "optimizer")
     assert cli.trainer.current_epoch == 2
     split = cli.trainer.datamodule
     data = split.datamodule if wrapper else split
@@ -441,7 +465,8 @@ def test_overlay_keeps_all_of_a_users_own(path, user, capsys):
     if path in METHOD_OF:
         names = [kind.rpartition(".")[2] for kind in METHOD_OF[path].classes]
         # a method with a module of its own has a callback for the modules of others
-        assert set(names if gradient_free(path) else names[:1]) & set(attached)
+        optimizers = {type(optimizer).__name__ for optimizer in cli.trainer.optimizers}
+        assert set(names if gradient_free(path) else names[:1]) & {*attached, *optimizers}
     if robust(path):
         assert bool(wrapper) == isinstance(split, RepeatBatches)
         assert any(name.startswith("RobustEvaluation") for name in attached)
