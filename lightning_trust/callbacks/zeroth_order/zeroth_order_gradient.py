@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from itertools import islice
 from typing import Any, ClassVar, get_args
 
@@ -21,10 +20,8 @@ from lightning_trust.core.passes import transferred
 from lightning_trust.core.randomness import random_state, set_random_state, untouched_random_state
 from lightning_trust.core.step import Attachment, Claim, HostCallback, StepChain, names
 from lightning_trust.optim.zeroth_order import (
-    ZOSVRG,
     Estimate,
     GradientEstimator,
-    HybridZO,
     LossOracle,
     ZerothOrderOptimizer,
 )
@@ -165,7 +162,7 @@ class ZerothOrderGradient(HostCallback):
         super().on_fit_start(trainer, pl_module)
 
     def _check_optimizers(self, trainer: Any, attachment: Attachment) -> None:
-        asking = [each for each in trainer.optimizers if isinstance(each, ZerothOrderOptimizer)]
+        asking = _asking(trainer)
         if self.estimator is not None:
             if asking:
                 raise MisconfigurationException(
@@ -204,8 +201,7 @@ class ZerothOrderGradient(HostCallback):
             )
         for optimizer in asking:
             optimizer.asks_through(self._oracle_of_step)
-            if isinstance(optimizer, ZOSVRG):
-                optimizer.anchored_on(partial(self._losses_of_batches, optimizer.anchor_batches))
+            optimizer.draws_batches(self._losses_of_batches)
             self._warn_of_few_steps(trainer, optimizer)
 
     @staticmethod
@@ -307,27 +303,18 @@ class ZerothOrderGradient(HostCallback):
                 return
             yield chain.replay_of(batch)
 
-    # -- optimizers that have phases -----------------------------------------------------------------------------------
+    # -- what the run tells its optimizer ------------------------------------------------------------------------------
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Tell which epoch begins."""
         super().on_train_epoch_start(trainer, pl_module)
-        for optimizer in trainer.optimizers:
-            if isinstance(optimizer, HybridZO):
-                optimizer.begin_epoch(trainer.current_epoch)
+        for optimizer in _asking(trainer):
+            optimizer.begin_epoch(trainer.current_epoch)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Report what is monitored."""
-        if trainer.state.fn != "fit" or trainer.sanity_checking:
-            return
-        for optimizer in trainer.optimizers:
-            if not isinstance(optimizer, HybridZO) or optimizer.monitor is None:
-                continue
-            if optimizer.monitor not in trainer.callback_metrics:
-                raise MisconfigurationException(
-                    f"HybridZO has monitor='{optimizer.monitor}', but a validation logged"
-                    f" {sorted(trainer.callback_metrics)}. Log it, or leave `monitor` out."
-                )
-            optimizer.report(float(trainer.callback_metrics[optimizer.monitor]))
+        """Tell what was logged."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            for optimizer in _asking(trainer):
+                optimizer.look_at(trainer.callback_metrics)
 
     # -- what was found ------------------------------------------------------------------------------------------------
     def note(self, estimate: Estimate) -> None:
@@ -339,8 +326,8 @@ class ZerothOrderGradient(HostCallback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log what the estimate found and cost."""
-        for optimizer in trainer.optimizers:
-            if isinstance(optimizer, ZerothOrderOptimizer) and optimizer.last is not None:
+        for optimizer in _asking(trainer):
+            if optimizer.last is not None:
                 self.note(optimizer.last)
         if self._found is not None:
             pl_module.log("trust/zo_snr", self._found.snr)
@@ -363,13 +350,16 @@ class ZerothOrderGradient(HostCallback):
 
     def _leave(self) -> None:
         if self.attachment is not None and self.attachment.trainer is not None:
-            for optimizer in self.attachment.trainer.optimizers:
-                if isinstance(optimizer, ZerothOrderOptimizer):
-                    optimizer.asks_through(None)
-                    if isinstance(optimizer, ZOSVRG):
-                        optimizer.anchored_on(None)
+            for optimizer in _asking(self.attachment.trainer):
+                optimizer.asks_through(None)
+                optimizer.draws_batches(None)
         self._chain = None
         super()._leave()
+
+
+def _asking(trainer: Any) -> list[ZerothOrderOptimizer]:
+    """The optimizers that ask for losses themselves."""
+    return [each for each in trainer.optimizers if isinstance(each, ZerothOrderOptimizer)]
 
 
 def _without_autograd(host: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
@@ -166,6 +167,22 @@ class HybridZO(ZerothOrderOptimizer):
         self._keep(epoch=epoch)
         if self.switch == "epoch" and epoch >= self.switch_epoch:
             self._keep(phase="coordinates")
+
+    def look_at(self, metrics: Mapping[str, Any]) -> None:
+        """Take what is monitored from what a validation logged.
+
+        Raises:
+            MisconfigurationException: If it is not there.
+
+        """
+        if self.monitor is None:
+            return
+        if self.monitor not in metrics:
+            raise MisconfigurationException(
+                f"HybridZO has monitor='{self.monitor}', but a validation logged {sorted(metrics)}. Log it, or leave"
+                " `monitor` out."
+            )
+        self.report(float(metrics[self.monitor]))
 
     def report(self, value: float) -> None:
         """Tell a value of what is monitored, the lower the better; call it on all ranks, whose mean it is then."""

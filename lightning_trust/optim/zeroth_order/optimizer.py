@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +16,8 @@ from lightning_trust.optim.zeroth_order.oracle import Estimate, LossOracle
 
 #: Makes the oracle of one step from its closure and seed; None where there is no loss.
 MakeOracle = Callable[[Callable[[], Any], int], LossOracle | None]
+#: Called with a number of batches, or None for all: one loss a batch.
+LossesOfBatches = Callable[[int | None], Iterable[Callable[[], Any]]]
 
 
 class ZerothOrderOptimizer(Optimizer):
@@ -70,6 +72,16 @@ class ZerothOrderOptimizer(Optimizer):
     def asks_through(self, make: MakeOracle | None) -> None:
         """Ask another oracle than one made of the closure: how a callback brings replays, ranks and masks."""
         self._oracle = make
+
+    # -- what a run tells; most optimizers have no use for it ---------------------------------------------------------
+    def begin_epoch(self, epoch: int) -> None:
+        """Tell which epoch begins, from 0."""
+
+    def look_at(self, metrics: Mapping[str, Any]) -> None:
+        """Tell what a validation logged, by name; equal on all ranks."""
+
+    def draws_batches(self, losses: LossesOfBatches | None) -> None:
+        """Tell how to ask the losses of other batches of the training data."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.optim.optimizer import ParamsT
 
 from lightning_trust.core.randomness import derived_seed
 from lightning_trust.optim.zeroth_order.estimator import GradientEstimator, gradient_of
-from lightning_trust.optim.zeroth_order.optimizer import EstimatingOptimizer
+from lightning_trust.optim.zeroth_order.optimizer import EstimatingOptimizer, LossesOfBatches
 from lightning_trust.optim.zeroth_order.oracle import Estimate, LossOracle, check_count
 from lightning_trust.optim.zeroth_order.rge import RGE
 
@@ -85,6 +86,10 @@ class ZOSVRG(EstimatingOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_anchor_losses": None}
+
+    def draws_batches(self, losses: LossesOfBatches | None) -> None:
+        """Take anchors' gradients on the first ``anchor_batches`` batches of the training data."""
+        self.anchored_on(None if losses is None else partial(losses, self.anchor_batches))
 
     def anchored_on(self, losses: AnchorLosses | None) -> None:
         """Tell what an anchor's gradient is estimated on: a function that returns one loss a batch."""
