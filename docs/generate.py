@@ -389,8 +389,8 @@ def _budgets(path: Path) -> str:
             [
                 run,
                 f"{statistics.median(curve.step_queries for curve in curves):,.0f}",
-                *("" if value is None else percent(value) for value in within),
-                f"{percent(ends)} ({statistics.median(curve.queries[-1] for curve in curves):,.0f})",
+                *("" if value is None else f"{100.0 * value:.1f}" for value in within),
+                f"{100.0 * ends:.1f} ({statistics.median(curve.queries[-1] for curve in curves):,.0f})",
                 "not reached" if reach is None else f"{reach:,.0f}",
             ]
         )
