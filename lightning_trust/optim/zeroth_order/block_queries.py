@@ -47,6 +47,8 @@ _ELEMENTWISE = (
     nn.Tanhshrink,
     nn.Identity,
 )
+#: bytes of outputs that are evaluated at a time, where nothing else is
+_CACHE = 1 << 20
 #: layers that work on each channel of an image by itself
 _CHANNELWISE = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 #: layers that work on each sample by itself, so that many batches can be laid one behind the other
@@ -102,6 +104,7 @@ class BlockQueries:
         self.evaluations = 0
         self.outside = 0
         self.vectorized = vectorized
+        self._targets: Tensor | None = None
         inside = {id(parameter): place for place, block in enumerate(blocks) for parameter in block.parameters()}
         self.block_of = {
             name: inside[id(parameter)] for name, parameter in oracle.parameters.items() if id(parameter) in inside
@@ -120,6 +123,7 @@ class BlockQueries:
         queries = BlockQueries(oracle, blocks, memory, vectorized)
         if not queries._calls or queries._loss_reads_weights():
             return None
+        queries._recognise_cross_entropy()
         # what is subtracted from all others is rounded as they are
         queries.base = queries._losses_of([call.inputs[-1][None] for call in queries._calls])[0]
         oracle.queries -= 1
@@ -216,7 +220,12 @@ class BlockQueries:
         if not isinstance(self.blocks[block], (nn.Linear, nn.Conv2d, _BatchNorm)):
             largest += own.numel() * own.element_size()
         # the input and the output of a layer, and what it works in
-        return max(1, int(self.memory / (3 * largest)))
+        chunk = max(1, int(self.memory / (3 * largest)))
+        if self._targets is None:
+            return chunk
+        # outputs that stay in a cache are read and written several times as fast
+        outputs = self._calls[0].inputs[-1]
+        return min(chunk, max(16, _CACHE // (outputs.numel() * outputs.element_size())))
 
     def _outputs(self, call: _Call, name: str, first: int, places: Tensor, by: float) -> Tensor:
         """Outputs of the network, shape ``(K, B, ...)``."""
@@ -354,6 +363,8 @@ class BlockQueries:
         """The losses that the outputs of the network's calls lead to."""
         count = len(outputs[0])
         self.oracle.queries += count
+        if self._targets is not None:
+            return self._cross_entropies(outputs[0], self._targets)
         if self.vectorized:
             try:
                 with _SamplesLast():
@@ -364,6 +375,36 @@ class BlockQueries:
                 # says so below
                 self.vectorized = False
         return torch.stack([self.oracle.scalar(self._loss_of(*(each[k] for each in outputs))) for k in range(count)])
+
+    @torch.no_grad()
+    def _recognise_cross_entropy(self) -> None:
+        """See whether the loss is the mean cross-entropy of the network's output and nothing else.
+
+        Then it needs no evaluation of the whole step for every coordinate.
+        """
+        if len(self._calls) != 1:
+            return
+        output, watch = self._calls[0].inputs[-1], _Watch()
+        with watch:
+            found = self._loss_of(output)
+        if len(watch.calls) == 1:
+            logits, targets, settings, result = watch.calls[0]
+            if logits is output and result is found and output.ndim == 2 and _plain_mean(targets, settings):
+                self._targets = targets
+
+    def _cross_entropies(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropies of outputs ``(K, B, C)``, which are used up."""
+        first = outputs.transpose(1, 2)
+        # relative to the greatest logits of the clean pass, from which a coordinate leads not far away
+        top = self._calls[0].inputs[-1].amax(dim=1)
+        moved = first.sub(top).contiguous()
+        chosen = moved.gather(1, targets.expand(len(moved), 1, -1))[:, 0]
+        found = (moved.exp_().sum(dim=1).log_() - chosen).mean(dim=1)
+        if not bool(torch.isfinite(found).all()):
+            # it led far away, or is no number
+            chosen = first.gather(1, targets.expand(len(first), 1, -1))[:, 0]
+            found = (first.logsumexp(dim=1) - chosen).mean(dim=1)
+        return found if found.dtype.itemsize >= 4 else found.float()
 
     def _scalars(self, found: Any, count: int) -> Tensor:
         if not isinstance(found, Tensor) or found.numel() != count or not found.is_floating_point():
@@ -381,6 +422,23 @@ class BlockQueries:
 
         with _replaced_forward(self._network, forward):
             return self.oracle.value()
+
+
+class _Watch(TorchFunctionMode):
+    """Keeps the calls of cross-entropy: logits, targets, settings and result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Tensor, dict[str, Any], Any]] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func is F.cross_entropy and len(args) == 2:
+            self.calls.append((args[0], args[1], kwargs, result))
+        return result
 
 
 class _SamplesLast(TorchFunctionMode):

@@ -235,7 +235,7 @@ def test_a_loss_that_cannot_be_vectorised():
     def loss():
         value = F.cross_entropy(network(x), targets)
         seen.append(value.item())
-        return value
+        return 1.0 * value
 
     estimator = CGE(feature_reuse=True)
     estimator.estimate(loss, dict(network.named_parameters()), module=network)
@@ -403,3 +403,44 @@ def test_bottlenecks_are_blocks_too():
     for block in split(network):
         y = block(y)
     torch.testing.assert_close(y, network(x))
+
+
+@pytest.mark.parametrize(
+    ("loss", "recognised"),
+    [
+        (lambda z, y: F.cross_entropy(z, y), True),
+        (lambda z, y: nn.CrossEntropyLoss()(z, y), True),
+        (lambda z, y: F.cross_entropy(z, y, label_smoothing=0.1), False),
+        (lambda z, y: F.cross_entropy(z, y, weight=torch.arange(1.0, CLASSES + 1).double()), False),
+        (lambda z, y: F.cross_entropy(z, torch.where(y == 0, -100, y)), False),
+        (lambda z, y: F.cross_entropy(z, F.one_hot(y, CLASSES).double()), False),
+        (lambda z, y: F.cross_entropy(z, y, reduction="sum"), False),
+        (lambda z, y: 2.0 * F.cross_entropy(z, y), False),
+        (lambda z, y: F.cross_entropy(2.0 * z, y), False),
+        (lambda z, y: F.mse_loss(z, F.one_hot(y, CLASSES).double()), False),
+    ],
+)
+def test_losses_of_all_kinds(loss, recognised):
+    network, x = mlp().double(), images()[:, 0, 0]
+    targets = torch.arange(ROWS) % CLASSES
+
+    def oracle():
+        value = lambda: loss(network(x), targets)  # noqa: E731
+        return LossOracle(value, dict(network.named_parameters()), module=network, network=network)
+
+    assert (BlockQueries.of(oracle(), 1 << 20)._targets is not None) == recognised
+    CGE(mu=1e-6, central=True).add(oracle())
+    expected = torch.autograd.grad(loss(network(x), targets), list(network.parameters()))
+    for parameter, gradient in zip(network.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=0.0, atol=1e-7)
+
+
+def test_coordinates_that_lead_far_away():
+    """Exponentials relative to the clean outputs would overflow."""
+    network, x = mlp().double(), 100.0 * images()[:, 0, 0]
+    targets = torch.arange(ROWS) % CLASSES
+    slow, _ = gradients(network, x, targets, CGE(mu=1e3, feature_reuse=False, chunk=1))
+    fast, _ = gradients(network, x, targets, CGE(mu=1e3, feature_reuse=True))
+    assert max(gradient.abs().max() for gradient in slow.values()) > 10.0
+    for key, expected in slow.items():
+        torch.testing.assert_close(fast[key], expected, rtol=1e-12, atol=1e-10)
