@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-import lightning_trust.core.step
+import lightning_trust.core.randomness
 from lightning_trust.callbacks import ExactResume, SaveAdapter, ZerothOrderGradient
 from lightning_trust.modules import CausalLanguageModel
 from lightning_trust.nn import LoRA, create_causal_network
@@ -88,7 +88,7 @@ def test_all_evaluations_of_a_step_have_the_same_dropout(name, monkeypatch):
         assert 0.3 < masks[0].float().mean() < 0.7
     assert not torch.equal(kept[0][0][:, :20], kept[1][0][:, :20])
     # without the replay of random numbers the loss is seen to be a stochastic one
-    monkeypatch.setattr(lightning_trust.core.step, "set_random_state", lambda state: None)
+    monkeypatch.setattr(lightning_trust.core.randomness.RepeatedDraws, "rewind", lambda self: None)
     host = made(optimizer, dropout=0.5)
     for key, parameter in host.named_parameters():
         if "lora_B" in key:
