@@ -51,7 +51,7 @@ TINY = {
 }
 FLAGS = [f"--{key}={value}" for key, value in TINY.items()]
 #: the modules of runs, which state all their arguments
-MODULES = {"CausalLanguageModel", "ImageClassifier", "MultiLabelClassifier", "SKSModule"}
+MODULES = {"CausalLanguageModel", "ImageClassifier", "MultiLabelClassifier", "PINNModule", "SKSModule"}
 #: what the runs of adversarial robustness have of their own, which the plain run has otherwise
 OWN = {
     # large batches are the point of it
@@ -61,7 +61,7 @@ OWN = {
     "saliency_guided_adversarial_training": ("data",),
 }
 #: what the network of a user's own run has to be, where an overlay cannot make it so
-MADE = {"advmoe": "moe", "robust_mode_connectivity": "curve"}
+MADE = {"advmoe": "moe", "robust_mode_connectivity": "curve", "tensor_bp_free": "small"}
 #: what a paper's run would download
 OFFLINE = {
     "saliency_guided_adversarial_training": ("--model.init_args.network_args={pretrained: false}",),
@@ -72,7 +72,7 @@ OFFLINE = {
     ),
 }
 #: sections of a user's own that an overlay takes the place of, and what of theirs cannot be beside it
-TAKEN = {"mezo": ("optimizer", "--trainer.gradient_clip_val=null")}
+TAKEN = dict.fromkeys(("mezo", "tensor_bp_free"), ("optimizer", "--trainer.gradient_clip_val=null"))
 SECTIONS = ["seed_everything", "model", "data", "data_wrapper", "trainer", "optimizer", "lr_scheduler"]
 ROOMS = (
     lightning_trust.attacks,
@@ -106,9 +106,11 @@ def gradient_free(path):
 def flags(path):
     """What makes a run tiny, as far as its data take it."""
     takes = read(path)["data"]["init_args"]
+    # points of an equation have no rows
+    points = {f"data.init_args.{name}": 1 for name in ("steps_per_epoch", "val_points")}
     return [
         f"--{key}={value}"
-        for key, value in TINY.items()
+        for key, value in {**TINY, **points}.items()
         if not key.startswith("data.") or key.rpartition(".")[2] in takes
     ]
 
@@ -337,10 +339,12 @@ class Theirs(pl.Callback):
 
 
 def made(kind, network):
-    from lightning_trust.nn import CurveNetwork, convert_to_moe
+    from lightning_trust.nn import CurveNetwork, convert_to_moe, tensorize
 
     if kind == "moe":
         return convert_to_moe(network, skip=())
+    if kind == "small":
+        return tensorize(network, rank=2, min_params=100)
     if kind == "curve":
         curve = CurveNetwork(network)
         curve.load_endpoint({name: value + 0.1 for name, value in network.state_dict().items()}, "end")
