@@ -20,10 +20,10 @@ LEAKS = {
     "directory": ("import os; os.chdir('/')", "working directory"),
     "file": ("import conftest; (conftest.ROOT / 'left_by_a_test.txt').touch()", "left_by_a_test.txt"),
     "thread": (
-        "import threading\n    threading.Thread(target=threading.Event().wait, args=(1,), name='straggler').start()",
+        "import threading\n    threading.Thread(target=threading.Event().wait, args=(3,), name='straggler').start()",
         "straggler",
     ),
-    "process": ("import subprocess; subprocess.Popen(['sleep', '1'])", "sleep 1"),
+    "process": ("import subprocess; subprocess.Popen(['sleep', '3'])", "sleep 3"),
 }
 
 
