@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,6 @@ COLUMNS = {
     "cosine": Column("Cosine to the true gradient", "number"),
     "failed": Column("Failed calls"),
     "rate": Column("Learning rate x 1,000", "number"),
-    "seconds": Column("Time", "seconds"),
 }
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 STEPS = 200
@@ -67,7 +65,6 @@ SCENARIOS: dict[str, tuple[Callable[..., Problem], float, int]] = {
 
 def measured(problems: list[Problem], method: Callable[..., Fitted | None], seed: int, rate: float, steps: int) -> Any:
     """One row's values, over all folds; None where the method does not apply."""
-    start = time.perf_counter()
     errors, targets = [], []
     queries = failures = 0
     cosines: list[float] = []
@@ -93,7 +90,6 @@ def measured(problems: list[Problem], method: Callable[..., Fitted | None], seed
         "cosine": sum(cosines) / len(cosines) if cosines else None,
         "failed": failures / queries if queries else None,
         "rate": 1000.0 * rate,
-        "seconds": (time.perf_counter() - start) / len(problems),
     }
 
 
@@ -148,7 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
         "Densities of 61 elements in five folds (g/cm3), and 200 damped oscillators (hundredths of the first"
         " displacement); the same encoder of two layers of"
         f" {WIDTH} and {STEPS} steps of Adam on whole batches for all, the learning rate chosen on validation"
-        " rows; queries and time of one training"
+        " rows; queries of one training"
     )
     print(TableResult.measured_here("zo-sciml", words, found, columns=COLUMNS).write(Path(options.out)))
 
