@@ -1,12 +1,12 @@
 """The small experiment of MeZO: a tiny language model is fine-tuned from forward passes alone.
 
-    python -m benchmarks.mezo [--smoke]
+    python -m benchmarks.mezo [--smoke | --tune]
 
 A byte-level Llama is pre-trained to first order on packages of Python's standard library, for about a minute: MeZO
 fine-tunes what is good already, it does not pre-train. Then it learns to tell code from prose in other packages, in
 words (``CodeOrProse``), to first order and from forward passes, with an adapter and with all of its weights. Every run
-gets as many forward passes; the backward passes of first order are not counted. Writes
-benchmarks/results/zeroth_order/mezo.json.
+gets as many forward passes; the backward passes of first order are not counted. Learning rates are the best of
+:data:`RATES` on validation rows, which ``--tune`` prints. Writes benchmarks/results/zeroth_order/mezo.json.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,10 +44,10 @@ NETWORK = {
     "tie_word_embeddings": True,
 }
 #: none of those that the passages come from
-CORPUS = ("collections", "concurrent", "ctypes", "html", "json", "multiprocessing", "urllib", "wsgiref")
+CORPUS = ("collections", "concurrent", "ctypes", "html", "json", "multiprocessing", "pydoc_data", "urllib", "wsgiref")
 ADAPTER = LoRA(r=1, alpha=2.0, target_modules=["o_proj", "down_proj"])
 #: forward passes after which the accuracy is looked at
-BUDGETS = (400, 800, 1600)
+BUDGETS = (800, 1600, 3200)
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
     "logger": False,
@@ -62,7 +62,7 @@ class Run:
     """One way of fine-tuning: its optimizer, where gradients come from, and whether an adapter is trained."""
 
     name: str
-    optimizer: Callable[[Any], torch.optim.Optimizer]
+    optimizer: partial[torch.optim.Optimizer]
     callbacks: Callable[[int], list[pl.Callback]] = field(default=lambda seed: [])
     lora: LoRA | None = ADAPTER
 
@@ -84,11 +84,21 @@ RUNS: dict[str, Run] = {
 }
 
 
-class Curve(pl.Callback):
-    """Counts forward passes of the network, and looks at the accuracy on the test rows at some of them."""
+#: learning rates that are tried on validation rows
+RATES: dict[str, tuple[float, ...]] = {
+    "adamw": (0.003, 0.01, 0.03),
+    "mezo_lora": (0.003, 0.01, 0.03),
+    "mezo": (3e-5, 1e-4, 3e-4),
+    "rge": (0.003, 0.01, 0.03),
+}
 
-    def __init__(self, budgets: Sequence[int]) -> None:
+
+class Curve(pl.Callback):
+    """Counts forward passes of the network, and looks at the accuracy at some of them."""
+
+    def __init__(self, budgets: Sequence[int], on_validation: bool = False) -> None:
         self.left = list(budgets)
+        self.on_validation = on_validation
         self.passes = 0
         self.found: dict[int, float] = {}
         self._counts = True
@@ -109,16 +119,17 @@ class Curve(pl.Callback):
         self._counts = False
         host.eval()
         found, true = [], []
-        for rows in trainer.datamodule.test_dataloader():
+        data = trainer.datamodule
+        for rows in data.val_dataloader() if self.on_validation else data.test_dataloader():
             found.append(host.predict_step(rows, 0))
             true.append((rows["input_ids"] * (rows["labels"] != -100)).sum(dim=1))
         host.train()
         self._counts = True
-        words = trainer.datamodule.test_dataset.candidates[torch.cat(found)]
+        words = data.test_dataset.candidates[torch.cat(found)]
         self.found[budget] = (words == torch.cat(true)).double().mean().item()
 
 
-def pretrained(folder: Path, steps: int = 1000, rows: int | None = None) -> Path:
+def pretrained(folder: Path, steps: int = 1500, rows: int | None = None) -> Path:
     """A checkpoint of the small network that has read some packages."""
     pl.seed_everything(0, verbose=False)
     host = CausalLanguageModel(config=NETWORK, optimizer=partial(torch.optim.AdamW, lr=3e-3), schedule="cyclic")
@@ -129,11 +140,13 @@ def pretrained(folder: Path, steps: int = 1000, rows: int | None = None) -> Path
     return folder / "pretrained.ckpt"
 
 
-def measured(run: Run, seed: int, start: Path, budgets: Sequence[int] = BUDGETS, **rows: int) -> dict[str, Any]:
+def measured(
+    run: Run, seed: int, start: Path, budgets: Sequence[int] = BUDGETS, on_validation: bool = False, **rows: int
+) -> dict[str, Any]:
     """Fine-tune once: accuracies in [0, 1] after each budget of forward passes, steps, trained weights, seconds."""
     pl.seed_everything(seed, verbose=False)
     host = CausalLanguageModel(str(start), lora=run.lora, optimizer=run.optimizer)
-    curve = Curve(budgets)
+    curve = Curve(budgets, on_validation)
     trainer = pl.Trainer(**QUIET, max_epochs=-1, limit_val_batches=0, callbacks=[*run.callbacks(seed), curve])
     begin = time.perf_counter()
     trainer.fit(host, CodeOrProse(**rows))
@@ -153,6 +166,15 @@ def rows_of(
     for seed in seeds:
         for name in runs:
             yield {"run": name, "seed": seed, **measured(RUNS[name], seed, start, **settings)}
+
+
+def tune(start: Path, runs: Sequence[str] = tuple(RUNS), seed: int = 11, **settings: Any) -> Iterator[dict[str, Any]]:
+    """One dict a learning rate, with accuracies on validation rows; another seed than the table's."""
+    for name in runs:
+        for lr in RATES[name]:
+            run = RUNS[name]
+            tried = replace(run, optimizer=partial(run.optimizer.func, **{**run.optimizer.keywords, "lr": lr}))
+            yield {"run": name, "lr": lr, **measured(tried, seed, start, on_validation=True, **settings)}
 
 
 def result(found: Sequence[dict[str, Any]]) -> TableResult:
@@ -186,6 +208,7 @@ def main() -> None:
     """Run and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="few rows and passes, one seed: to see that it runs")
+    parser.add_argument("--tune", action="store_true", help="print what learning rates do on validation rows")
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--output", default="benchmarks/results/zeroth_order/mezo.json")
@@ -197,6 +220,10 @@ def main() -> None:
     found = []
     with tempfile.TemporaryDirectory() as folder:
         start = pretrained(Path(folder), 2, 32) if arguments.smoke else pretrained(Path(folder))
+        if arguments.tune:
+            for row in tune(start, arguments.runs):
+                print(json.dumps(row), flush=True)
+            return
         seeds = [1] if arguments.smoke else arguments.seeds
         for row in rows_of(start, seeds, arguments.runs, **(few if arguments.smoke else {})):
             print(json.dumps(row), flush=True)

@@ -1,15 +1,18 @@
-"""The small experiments of tensor-compressed training that are about differential equations.
+"""The small experiments of tensor-compressed training.
 
     python -m benchmarks.tensor_bp_free [--smoke]
 
-* Poisson in 2 and 3 dimensions and the heat equation in 2 + 1: a dense network, derivatives from autograd, a sparse
-  grid, random directions (1,024 draws a point, and as many evaluations as the grid has nodes) and finite differences;
+* 10,000 images of Fashion-MNIST (benchmarks/tensor_bp_free_images.py);
+* Poisson in 2 and 3 dimensions and the heat equation in 2 + 1: a dense network trained by back-propagation, derivatives
+  from autograd, a sparse grid, random directions (1,024 draws a point, and as many evaluations as the grid has nodes)
+  and finite differences; Poisson in 2 dimensions also from losses alone, dense and in tensor-train form;
 * the 20-dimensional HJB equation: 300 steps of 16 points, the dense network of 274,433 parameters and its tensor-train
   twin of 1,929. Its lift leaves the network a constant to learn: the first line of its table is that of a network that
   was not trained.
 
-Every run of an experiment goes through every entry of :data:`TRAININGS`, which says where the gradient of the weights
-comes from; :func:`rows` gives one dict a run and seed. Writes benchmarks/results/zeroth_order/tensor_bp_free.json.
+Every run of an equation goes through the entries of :data:`TRAININGS` that it names, which say where the gradient of
+the weights comes from; :func:`rows` gives one dict a run and seed. Writes
+benchmarks/results/zeroth_order/tensor_bp_free.json. ``--rows FILE`` collects rows of several calls.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +34,12 @@ torch.set_num_threads(1)
 
 import lightning.pytorch as pl  # noqa: E402
 from torch import nn  # noqa: E402
-from torch.optim.lr_scheduler import CosineAnnealingLR  # noqa: E402
+from torch.optim.lr_scheduler import LambdaLR  # noqa: E402
 
 from benchmarks.table_results import Column, TableResult, TableRow  # noqa: E402
+from benchmarks.tensor_bp_free_images import SCENARIO, image_runs, measured_images  # noqa: E402
+from lightning_trust.callbacks import ZerothOrderGradient  # noqa: E402
+from lightning_trust.core.schedules import Cosine  # noqa: E402
 from lightning_trust.datamodules import HJB20, Heat, PDEDataModule, PDEProblem, Poisson  # noqa: E402
 from lightning_trust.modules import PINNModule  # noqa: E402
 from lightning_trust.nn import (  # noqa: E402
@@ -44,6 +51,7 @@ from lightning_trust.nn import (  # noqa: E402
     SteinDerivatives,
     tensorize,
 )
+from lightning_trust.optim import HybridZO  # noqa: E402
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -61,23 +69,22 @@ HJB_SHAPES = {"0": ((1, 1, 3, 7), (8, 4, 4, 4)), "1": ((4, 4, 4, 8), (8, 4, 4, 4
 class Training:
     """Where the gradient of the weights comes from.
 
-    ``optimizer`` is called with the parameters and the learning rate of a run; ``callbacks`` makes what the Trainer
-    gets; ``steps`` multiplies the steps of a run, and ``lr`` its learning rate.
+    ``optimizer`` is called with the parameters and a run; ``steps`` with a run and its number of weights, and gives the
+    steps of the first epoch and those after it. The learning rate falls to ``end`` times itself in the first epoch.
     """
 
-    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam
-    callbacks: Callable[[], list[pl.Callback]] = list
-    steps: int = 1
-    lr: float = 1.0
-
-
-#: name in tables -> training; zeroth-order ones go here, with `ZerothOrderGradient` among their callbacks
-TRAININGS: dict[str, Training] = {"back-propagation": Training()}
+    optimizer: Callable[[Any, Run], torch.optim.Optimizer]
+    steps: Callable[[Run, int], tuple[int, int]]
+    callbacks: Callable[[], list[pl.Callback]] = lambda: [ZerothOrderGradient()]
+    end: float = 0.05
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run: what differs between the rows of the tables."""
+    """One run of an equation: what differs between the rows of the tables.
+
+    Trainings from losses alone have about ``losses`` of them.
+    """
 
     scenario: str
     pde: PDEProblem
@@ -87,6 +94,33 @@ class Run:
     steps: int = 600
     points: int = 64
     test_points: int = 2000
+    trainings: tuple[str, ...] = ("back-propagation",)
+    losses: int = 40_000
+
+
+#: directions of a random estimate, of which each takes two losses
+Q = 10
+
+
+def _values(first: float, **settings: Any) -> Callable[[Any, Run], torch.optim.Optimizer]:
+    return lambda params, run: HybridZO(
+        params, lr=first, mu=1e-3, q=Q, coordinate_dropout=0.5, switch="epoch", **settings
+    )
+
+
+#: name in tables -> training
+TRAININGS: dict[str, Training] = {
+    "back-propagation": Training(
+        lambda params, run: torch.optim.Adam(params, lr=run.lr), lambda run, d: (run.steps, 0), list, 0.0
+    ),
+    # half of the losses for each phase; at the end of the fall the second has the rate 5e-5
+    "HybridZO": Training(
+        _values(1e-2, switch_epoch=1, coordinate_lr=1e-3),
+        lambda run, d: (run.losses // (4 * Q), run.losses // 2 // (d + 1)),
+    ),
+    "RGE": Training(_values(1e-2, switch_epoch=1_000_000), lambda run, d: (run.losses // (2 * Q), 0)),
+    "CGE": Training(_values(1e-2, switch_epoch=0, coordinate_lr=1e-4), lambda run, d: (run.losses // (d + 1), 0)),
+}
 
 
 def grid_and_rivals(dim: int, sigma: float) -> dict[str, Callable[[int], DerivativeEstimator]]:
@@ -99,6 +133,10 @@ def grid_and_rivals(dim: int, sigma: float) -> dict[str, Callable[[int], Derivat
         "Stein, 1024 draws": lambda seed: SteinDerivatives(1024, sigma, seed),
         "finite differences": lambda seed: FiniteDifference(1e-2),
     }
+
+
+def _poisson() -> nn.Module:
+    return tensorize(SineMLP(2, 32, 3, 1), rank=4, shapes={"1": ((2, 4, 4), (4, 4, 2))})
 
 
 def _dense() -> nn.Module:
@@ -121,7 +159,12 @@ def runs() -> dict[tuple[str, str], Run]:
         dim = pde.num_coordinates
         for name, derivatives in grid_and_rivals(dim, 0.05).items():
             lr = 2e-2 if dim > 2 else 1e-2
-            found[scenario, name] = Run(scenario, pde, lambda dim=dim: SineMLP(dim, 32, 3, 1), derivatives, lr)
+            values = ("back-propagation", "RGE") if dim == 2 and name == "sparse grid" else ("back-propagation",)
+            network = lambda dim=dim: SineMLP(dim, 32, 3, 1)  # noqa: E731
+            found[scenario, f"dense, {name}"] = Run(scenario, pde, network, derivatives, lr, trainings=values)
+    scenario = "Poisson, 2 dimensions"
+    grid = grid_and_rivals(2, 0.05)["sparse grid"]
+    found[scenario, "tensor train, sparse grid"] = Run(scenario, Poisson(2), _poisson, grid, trainings=tuple(TRAININGS))
     scenario, pde = "HJB, 20 + 1 dimensions", HJB20()
     hjb = {"lr": 1e-3, "steps": 300, "points": 16, "test_points": 500}
     rivals = grid_and_rivals(21, 0.1)
@@ -130,19 +173,24 @@ def runs() -> dict[tuple[str, str], Run]:
     )
     for name, derivatives in rivals.items():
         if not name.startswith("Stein, 1024"):
-            found[scenario, f"tensor train, {name}"] = Run(scenario, pde, _small, derivatives, **hjb)
+            values = ("back-propagation", "RGE") if name == "sparse grid" else ("back-propagation",)
+            found[scenario, f"tensor train, {name}"] = Run(
+                scenario, pde, _small, derivatives, **hjb, trainings=values, losses=2000
+            )
     for name in ("autograd", "sparse grid"):
         found[scenario, f"dense, {name}"] = Run(scenario, pde, _dense, rivals[name], **hjb)
     return found
 
 
 COLUMNS = {
+    "accuracy": Column("Test accuracy"),
     "rel_l2": Column("Relative L2 error"),
     "rel_l2_smoothed": Column("of the smoothed network"),
     "residual": Column("Mean squared residual", "number"),
-    "points_per_point": Column("Evaluations a point", "number"),
     "parameters": Column("Parameters", "number"),
-    "evaluations": Column("Evaluations in training", "number"),
+    "steps": Column("Steps", "number"),
+    "losses": Column("Losses asked", "number"),
+    "points_per_point": Column("Network evaluations a point and loss", "number"),
     "seconds": Column("Seconds", "seconds"),
 }
 
@@ -150,69 +198,81 @@ COLUMNS = {
 def measured(run: Run, training: Training, seed: int) -> dict[str, Any]:
     """Train and test one run."""
     pl.seed_everything(seed, verbose=False)
-    steps = run.steps * training.steps
     derivatives = run.derivatives(seed)
+    net = run.network()
+    weights = sum(parameter.numel() for parameter in net.parameters())
+    first, rest = training.steps(run, weights) if run.steps else (0, 0)
+    fall = Cosine(1.0, training.end, 1.0)
     module = PINNModule(
-        run.network(),
+        net,
         run.pde,
         derivatives,
-        optimizer=lambda params: training.optimizer(params, lr=run.lr * training.lr),
-        lr_scheduler=lambda optimizer: CosineAnnealingLR(optimizer, max(1, steps)),
+        optimizer=lambda params: training.optimizer(params, run),
+        lr_scheduler=lambda optimizer: LambdaLR(optimizer, lambda step: fall.value_at(step / first)),
     )
     data = PDEDataModule(
-        run.pde, run.points, steps_per_epoch=max(1, steps), val_points=0, test_points=run.test_points, seed=seed
+        run.pde, run.points, steps_per_epoch=max(1, first), val_points=0, test_points=run.test_points, seed=seed
     )
-    trainer = pl.Trainer(**QUIET, max_steps=steps, callbacks=training.callbacks())
+    callbacks = training.callbacks()
+    trainer = pl.Trainer(**QUIET, max_steps=first + rest, callbacks=callbacks)
     start = time.perf_counter()
-    if steps:
+    if first:
         trainer.fit(module, datamodule=data)
     seconds = time.perf_counter() - start
-    evaluations = derivatives.evaluations
     (result,) = pl.Trainer(**QUIET).test(module, datamodule=data, verbose=False)
+    asked = [source.queries for source in callbacks if isinstance(source, ZerothOrderGradient)]
     return {
         "rel_l2": result["test/rel_l2"],
         "rel_l2_smoothed": result["test/rel_l2_smoothed"],
         "residual": result["test/loss"],
         "points_per_point": derivatives.points_per_point(run.pde.num_coordinates),
-        "parameters": sum(parameter.numel() for parameter in module.net.parameters()),
-        "evaluations": evaluations,
+        "parameters": weights,
+        "steps": first + rest,
+        "losses": asked[0] if asked else first,
         "seconds": seconds,
     }
 
 
-def rows(
-    seeds: tuple[int, ...] = (1, 2, 3),
-    chosen: dict[tuple[str, str], Run] | None = None,
-    trainings: dict[str, Training] | None = None,
-) -> Iterator[dict[str, Any]]:
+def rows(seeds: tuple[int, ...] = (1, 2), chosen: dict[tuple[str, str], Run] | None = None) -> Iterator[dict[str, Any]]:
     """One dict a run, training and seed: ``run``, ``seed``, ``scenario`` and what :func:`measured` gives."""
     for (scenario, name), run in (chosen or runs()).items():
-        for label, training in (trainings or TRAININGS).items():
-            if run.steps == 0 and label != next(iter(trainings or TRAININGS)):
-                continue
+        for label in run.trainings:
             for seed in seeds:
                 shown = name if run.steps == 0 else f"{name}, {label}"
-                yield {"run": shown, "seed": seed, "scenario": scenario, **measured(run, training, seed)}
+                yield {"run": shown, "seed": seed, "scenario": scenario, **measured(run, TRAININGS[label], seed)}
+
+
+def image_rows(seeds: tuple[int, ...] = (1, 2), losses: int = 20_000, **settings: Any) -> Iterator[dict[str, Any]]:
+    """The same for the runs on images."""
+    for name, run in image_runs(losses).items():
+        for seed in seeds:
+            yield {"run": name, "seed": seed, "scenario": SCENARIO, **measured_images(run, seed, **settings)}
 
 
 def smoke() -> dict[tuple[str, str], Run]:
-    """Every run, of two steps."""
+    """Every run, of two steps or a few losses."""
     return {
-        key: replace(run, steps=min(run.steps, 2), points=2, test_points=3)
+        key: replace(run, steps=min(run.steps, 2), points=2, test_points=3, losses=1000 if run.pde.dim < 20 else 40)
         for key, run in runs().items()
-        if not key[1].startswith("dense")
+        if not (key[0].startswith("HJB") and key[1].startswith("dense"))
     }
 
 
 def write(found: list[dict[str, Any]], path: Path) -> Path:
     """Write the rows as a result."""
     result = TableResult.measured_here(
-        "tensor_bp_free",
-        experiment="A sine network of 3 layers of 32 trained for 600 steps of 64 points on equations whose lifted"
-        " solution is no constant; the 20-dimensional HJB equation, 300 steps of 16 points, 512 wide, rank 2",
+        "tensor-bp-free",
+        experiment="Fashion-MNIST: 784-256-10, batches of 100; a sine network of 3 layers of 32, 64 points a step, on"
+        " equations whose lifted solution is no constant; the 20-dimensional HJB equation, 512 wide, 16 points a step."
+        " Losses asked: forward passes of a step's batch",
         columns=COLUMNS,
         rows=[
-            TableRow(row["run"], row["seed"], row["scenario"], {name: float(row[name]) for name in COLUMNS})
+            TableRow(
+                row["run"],
+                row["seed"],
+                row["scenario"],
+                {name: float(row[name]) if name in row else None for name in COLUMNS},
+            )
             for row in found
         ],
     )
@@ -222,24 +282,31 @@ def write(found: list[dict[str, Any]], path: Path) -> Path:
 def main() -> None:
     """Run and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="two steps, one seed: to see that it runs")
+    parser.add_argument("--smoke", action="store_true", help="few steps, one seed: to see that it runs")
     parser.add_argument("--scenarios", nargs="+", help="words of the scenarios to run; all by default")
-    parser.add_argument("--trainings", nargs="+", default=list(TRAININGS), choices=list(TRAININGS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rows", help="file of rows (JSON lines): those of a run, seed and scenario in it are kept")
     parser.add_argument("--output", default="benchmarks/results/zeroth_order/tensor_bp_free.json")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    chosen = {
-        key: run
-        for key, run in (smoke() if arguments.smoke else runs()).items()
-        if arguments.scenarios is None or any(word in key[0] for word in arguments.scenarios)
-    }
-    trainings = {name: TRAININGS[name] for name in arguments.trainings}
-    found = []
-    for row in rows((1,) if arguments.smoke else tuple(arguments.seeds), chosen, trainings):
-        print(json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+
+    def wanted(scenario: str) -> bool:
+        return arguments.scenarios is None or any(word in scenario for word in arguments.scenarios)
+
+    chosen = {key: run for key, run in (smoke() if arguments.smoke else runs()).items() if wanted(key[0])}
+    seeds = (1,) if arguments.smoke else tuple(arguments.seeds)
+    tiny = {"losses": 700, "train_rows": 200, "test_rows": 100} if arguments.smoke else {}
+    kept = Path(arguments.rows) if arguments.rows else None
+    found = [json.loads(line) for line in kept.read_text().splitlines()] if kept is not None and kept.is_file() else []
+    images = image_rows(seeds, **tiny) if wanted(SCENARIO) else iter(())
+    for row in chain(images, rows(seeds, chosen) if chosen else ()):
+        line = json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
+        print(line, flush=True)
         found.append(row)
+        if kept is not None:
+            with kept.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
     if not arguments.smoke:
         write(found, Path(arguments.output))
 

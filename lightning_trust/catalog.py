@@ -302,6 +302,29 @@ METHODS: tuple[MethodEntry, ...] = (
         ),
     ),
     _entry(
+        "tensor-bp-free",
+        "Train networks in tensor-train form from values alone, physics-informed ones without any differentiation",
+        (
+            Paper(
+                "Tensor-Compressed Back-Propagation-Free Training for (Physics-Informed) Neural Networks",
+                "2023, arXiv:2308.09858",
+            ),
+        ),
+        "zeroth_order",
+        (
+            "lightning_trust.optim.HybridZO",
+            "lightning_trust.optim.SignSCD",
+            "lightning_trust.nn.TTLinear",
+            "lightning_trust.nn.tensorize",
+            "lightning_trust.nn.SparseGridDerivatives",
+            "lightning_trust.nn.SteinDerivatives",
+            "lightning_trust.nn.FiniteDifference",
+            "lightning_trust.modules.PINNModule",
+            "lightning_trust.datamodules.PDEDataModule",
+        ),
+        room="modules",
+    ),
+    _entry(
         "zo-sciml",
         "Put an unmodified simulator or program into the network, and train through it from its answers alone",
         (
