@@ -146,8 +146,16 @@ def _children():
             found.update(int(pid) for pid in listing.read_text().split())
         except OSError:  # the thread has ended since
             continue
-    # a child that has ended and waits to be reaped has no command line any more
-    return {pid for pid in found if (command := _command(pid)) and "resource_tracker" not in command}
+    return {pid for pid in found if _runs(pid) and "resource_tracker" not in _command(pid)}
+
+
+def _runs(pid):
+    """Whether a process has not ended; one that waits to be reaped has."""
+    # not by its command line, which is empty for a moment while it starts
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except OSError:
+        return False
 
 
 def _command(pid):
