@@ -22,7 +22,7 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -233,20 +233,34 @@ def measured(run: Run, training: Training, seed: int) -> dict[str, Any]:
     }
 
 
-def rows(seeds: tuple[int, ...] = (1, 2), chosen: dict[tuple[str, str], Run] | None = None) -> Iterator[dict[str, Any]]:
-    """One dict a run, training and seed: ``run``, ``seed``, ``scenario`` and what :func:`measured` gives."""
-    for (scenario, name), run in (chosen or runs()).items():
+#: scenario, run and seed of a row
+Key = tuple[str, str, int]
+
+
+def rows(
+    seeds: tuple[int, ...] = (1, 2),
+    chosen: dict[tuple[str, str], Run] | None = None,
+    done: Collection[Key] = (),
+) -> Iterator[dict[str, Any]]:
+    """One dict a run, training and seed that is not done: ``run``, ``seed``, ``scenario`` and what was measured."""
+    for (scenario, name), run in (runs() if chosen is None else chosen).items():
         for label in run.trainings:
+            shown = name if run.steps == 0 else f"{name}, {label}"
             for seed in seeds:
-                shown = name if run.steps == 0 else f"{name}, {label}"
-                yield {"run": shown, "seed": seed, "scenario": scenario, **measured(run, TRAININGS[label], seed)}
+                if (scenario, shown, seed) not in done:
+                    found = measured(run, TRAININGS[label], seed)
+                    yield {"run": shown, "seed": seed, "scenario": scenario, **found}
 
 
-def image_rows(seeds: tuple[int, ...] = (1, 2), losses: int = 20_000, **settings: Any) -> Iterator[dict[str, Any]]:
+def image_rows(
+    seeds: tuple[int, ...] = (1, 2), losses: int = 20_000, done: Collection[Key] = (), **settings: Any
+) -> Iterator[dict[str, Any]]:
     """The same for the runs on images."""
     for name, run in image_runs(losses).items():
         for seed in seeds:
-            yield {"run": name, "seed": seed, "scenario": SCENARIO, **measured_images(run, seed, **settings)}
+            if (SCENARIO, name, seed) not in done:
+                found = measured_images(run, seed, **settings)
+                yield {"run": name, "seed": seed, "scenario": SCENARIO, **found}
 
 
 def smoke() -> dict[tuple[str, str], Run]:
@@ -285,7 +299,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="few steps, one seed: to see that it runs")
     parser.add_argument("--scenarios", nargs="+", help="words of the scenarios to run; all by default")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rows", help="file of rows (JSON lines): those of a run, seed and scenario in it are kept")
+    parser.add_argument("--rows", help="file of rows (JSON lines) that were measured already; others are added to it")
     parser.add_argument("--output", default="benchmarks/results/zeroth_order/tensor_bp_free.json")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -299,8 +313,9 @@ def main() -> None:
     tiny = {"losses": 700, "train_rows": 200, "test_rows": 100} if arguments.smoke else {}
     kept = Path(arguments.rows) if arguments.rows else None
     found = [json.loads(line) for line in kept.read_text().splitlines()] if kept is not None and kept.is_file() else []
-    images = image_rows(seeds, **tiny) if wanted(SCENARIO) else iter(())
-    for row in chain(images, rows(seeds, chosen) if chosen else ()):
+    done = {(row["scenario"], row["run"], row["seed"]) for row in found}
+    images = image_rows(seeds, done=done, **tiny) if wanted(SCENARIO) else iter(())
+    for row in chain(images, rows(seeds, chosen, done)):
         line = json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
         print(line, flush=True)
         found.append(row)

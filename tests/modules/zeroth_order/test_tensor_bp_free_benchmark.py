@@ -64,3 +64,12 @@ def test_a_seed_decides_a_row():
     (first,), (again,), (other,) = (list(benchmark.rows((seed,), chosen)) for seed in (1, 1, 2))
     assert first["rel_l2"] == pytest.approx(again["rel_l2"])
     assert first["rel_l2"] != other["rel_l2"]
+
+
+def test_what_is_done_is_not_done_again():
+    key = ("Poisson, 2 dimensions", "dense, Stein, 6 draws")
+    chosen, shown = {key: benchmark.smoke()[key]}, f"{key[1]}, back-propagation"
+    (row,) = benchmark.rows((1, 2), chosen, {(key[0], shown, 1)})
+    assert (row["run"], row["seed"]) == (shown, 2)
+    every = {(benchmark.SCENARIO, name, 1) for name in benchmark.image_runs()}
+    assert not list(benchmark.image_rows((1,), done=every))
