@@ -150,18 +150,17 @@ def _small() -> nn.Module:
 def runs() -> dict[tuple[str, str], Run]:
     """(scenario, name in its table) -> run."""
     found: dict[tuple[str, str], Run] = {}
-    problems: dict[str, PDEProblem] = {
-        "Poisson, 2 dimensions": Poisson(2),
-        "Poisson, 3 dimensions": Poisson(3),
-        "heat, 2 + 1 dimensions": Heat(2),
+    problems: dict[str, tuple[PDEProblem, float, int]] = {
+        "Poisson, 2 dimensions": (Poisson(2), 1e-2, 600),
+        "Poisson, 3 dimensions": (Poisson(3), 2e-2, 600),
+        "heat, 2 + 1 dimensions": (Heat(2), 5e-3, 2000),
     }
-    for scenario, pde in problems.items():
+    for scenario, (pde, lr, steps) in problems.items():
         dim = pde.num_coordinates
         for name, derivatives in grid_and_rivals(dim, 0.05).items():
-            lr = 2e-2 if dim > 2 else 1e-2
             values = ("back-propagation", "RGE") if dim == 2 and name == "sparse grid" else ("back-propagation",)
             network = lambda dim=dim: SineMLP(dim, 32, 3, 1)  # noqa: E731
-            found[scenario, f"dense, {name}"] = Run(scenario, pde, network, derivatives, lr, trainings=values)
+            found[scenario, f"dense, {name}"] = Run(scenario, pde, network, derivatives, lr, steps, trainings=values)
     scenario = "Poisson, 2 dimensions"
     grid = grid_and_rivals(2, 0.05)["sparse grid"]
     found[scenario, "tensor train, sparse grid"] = Run(scenario, Poisson(2), _poisson, grid, trainings=tuple(TRAININGS))
@@ -175,7 +174,7 @@ def runs() -> dict[tuple[str, str], Run]:
         if not name.startswith("Stein, 1024"):
             values = ("back-propagation", "RGE") if name == "sparse grid" else ("back-propagation",)
             found[scenario, f"tensor train, {name}"] = Run(
-                scenario, pde, _small, derivatives, **hjb, trainings=values, losses=2000
+                scenario, pde, _small, derivatives, **hjb, trainings=values, losses=400
             )
     for name in ("autograd", "sparse grid"):
         found[scenario, f"dense, {name}"] = Run(scenario, pde, _dense, rivals[name], **hjb)

@@ -8,6 +8,7 @@ what it gave in the clean pass.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
-from torch.overrides import TorchFunctionMode
 
 from lightning_trust.core.blocks import split
 from lightning_trust.core.modes import unused_running_statistics
 from lightning_trust.core.weights import substituted
+from lightning_trust.optim.zeroth_order.cross_entropy import CrossEntropyCalls, NearbyCrossEntropy, SamplesLast
 from lightning_trust.optim.zeroth_order.oracle import LossOracle, same_loss
 
 #: layers that work on each entry by itself
@@ -47,8 +48,8 @@ _ELEMENTWISE = (
     nn.Tanhshrink,
     nn.Identity,
 )
-#: bytes of outputs that are evaluated at a time, where nothing else is
-_CACHE = 1 << 20
+#: bytes of activations that are worked on at a time on a processor
+_CACHE = 1 << 21
 #: layers that work on each channel of an image by itself
 _CHANNELWISE = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 #: layers that work on each sample by itself, so that many batches can be laid one behind the other
@@ -79,6 +80,34 @@ class _Call:
             self.inputs.append(x)
         # what is drawn after the network is drawn from here
         self.state = torch.get_rng_state()
+        self._channels: dict[tuple[int, int], Tensor] = {}
+        self._unfolded = (-1, x[:0])
+
+    def channels(self, place: int, channel: Tensor, shape: Sequence[int]) -> Tensor:
+        """Channels of the input of a block, one a coordinate, ``(K, B, *shape)``."""
+        entries = math.prod(shape)
+        if (place, entries) not in self._channels:
+            # laid out so that picking some copies whole rows
+            self._channels[place, entries] = _channels_first(self.inputs[place], entries).contiguous()
+        picked = self._channels[place, entries][channel]
+        return picked.view(*picked.shape[:2], *shape)
+
+    def patches(self, place: int, block: nn.Conv2d, rows: Tensor, memory: int) -> Tensor:
+        """Rows of the unfolded input of a convolution, shape ``(R, B, H' * W')``."""
+        if self._unfolded[0] != place:
+            x = self.inputs[place]
+            columns = F.unfold(x, block.kernel_size, block.dilation, block.padding, block.stride)  # type: ignore[arg-type]
+            columns = columns.transpose(0, 1)
+            if columns.numel() * columns.element_size() > memory:
+                return columns[rows]
+            # the one before it is let go: coordinates are asked layer by layer
+            self._unfolded = (place, columns.contiguous())
+        return self._unfolded[1][rows]
+
+    def masks_of(self, place: int, channel: Tensor, shape: Sequence[int]) -> Tensor:
+        """The same of the mask of a block that drops entries."""
+        picked = _channels_first(self.masks[place], math.prod(shape))[channel]
+        return picked.view(*picked.shape[:2], *shape)
 
 
 class BlockQueries:
@@ -104,7 +133,7 @@ class BlockQueries:
         self.evaluations = 0
         self.outside = 0
         self.vectorized = vectorized
-        self._targets: Tensor | None = None
+        self._cross_entropy: NearbyCrossEntropy | None = None
         inside = {id(parameter): place for place, block in enumerate(blocks) for parameter in block.parameters()}
         self.block_of = {
             name: inside[id(parameter)] for name, parameter in oracle.parameters.items() if id(parameter) in inside
@@ -123,10 +152,12 @@ class BlockQueries:
         queries = BlockQueries(oracle, blocks, memory, vectorized)
         if not queries._calls or queries._loss_reads_weights():
             return None
-        queries._recognise_cross_entropy()
         # what is subtracted from all others is rounded as they are
-        queries.base = queries._losses_of([call.inputs[-1][None] for call in queries._calls])[0]
-        oracle.queries -= 1
+        if queries._cross_entropy is not None:
+            queries.base = queries._cross_entropy.base
+        else:
+            queries.base = queries._losses_of([call.inputs[-1][None] for call in queries._calls])[0]
+            oracle.queries -= 1
         return queries
 
     # -- the clean pass ------------------------------------------------------------------------------------------------
@@ -150,17 +181,26 @@ class BlockQueries:
 
     @torch.no_grad()
     def _loss_reads_weights(self) -> bool:
-        """Whether the loss depends on weights otherwise than through the network's outputs, as a penalty does."""
+        """Whether the loss depends on weights otherwise than through the network's outputs, as a penalty does.
+
+        On the way it is seen whether the loss is the mean cross-entropy of one output and nothing else: then it needs
+        no evaluation of the whole step for every coordinate.
+        """
+        outputs, watch = [call.inputs[-1] for call in self._calls], CrossEntropyCalls()
         inside = [self.oracle.parameters[name] for name in self.block_of]
         kept = [parameter.detach().clone() for parameter in inside]
         try:
             for parameter in inside:
                 parameter.data.add_(1.0)
-            found = self.oracle.scalar(self._loss_of(*(call.inputs[-1] for call in self._calls)))
+            with watch:
+                found = self._loss_of(*outputs)
         finally:
             for parameter, value in zip(inside, kept, strict=True):
                 parameter.data.copy_(value)
-        return not same_loss(found, self.base)
+        targets = watch.targets_of(outputs[0], found) if len(outputs) == 1 else None
+        if targets is not None:
+            self._cross_entropy = NearbyCrossEntropy(outputs[0], targets)
+        return not same_loss(self.oracle.scalar(found), self.base)
 
     @property
     def _network(self) -> nn.Module:
@@ -187,8 +227,8 @@ class BlockQueries:
             return self.base.new_zeros(0)
         with unused_running_statistics(self._network):
             for some in places.split(self._chunk(name)):
-                outputs = [self._outputs(call, name, block, some, by) for call in self._calls]
-                found.append(self._losses_of(outputs))
+                states = [self._before_last(call, name, block, some, by) for call in self._calls]
+                found.append(self._losses_after(states))
                 self.evaluations += len(some) * (len(self.blocks) - block) * len(self._calls)
         return torch.cat(found)
 
@@ -197,24 +237,32 @@ class BlockQueries:
         return sum(self._cost(call, self.block_of[name]) for call in self._calls)
 
     def _cost(self, call: _Call, first: int) -> float:
-        """Measured weights: a multiplication in a product costs 0.4 of writing a number, a pool or the loss 4 of it."""
+        """Measured weights, of writing a number: 4 for a pool or the loss, 6 for a normalisation, products less."""
         block, out = self.blocks[first], call.inputs[first + 1]
-        narrow = isinstance(block, (nn.Linear, nn.Conv2d, _BatchNorm))
-        total = 4.0 * out.numel() / (out.shape[1] if narrow and out.ndim > 1 else 1.0)
+        narrow = isinstance(block, (nn.Linear, nn.Conv2d, _BatchNorm)) and out.ndim > 1
+        # how many of its channels a block computes: one, and after the next layer all
+        part = 1.0 / out.shape[1] if narrow else 1.0
+        total = 4.0 * out.numel() * part
         if not narrow:
-            total += 0.4 * out.numel() * _fan_in(block)
-        for place in range(first + 1, len(self.blocks)):
+            total += 0.1 * out.numel() * _fan_in(block)
+        last = len(self.blocks) - 1
+        stays = self._stays_narrow(first)
+        if stays and first == last:
+            return total + 8.0 * len(out)
+        for place in range(first + 1, last + 1):
             block, x, out = self.blocks[place], call.inputs[place], call.inputs[place + 1]
-            channels = x.shape[1] if narrow and x.ndim > 1 else 1
-            if isinstance(block, (nn.Linear, nn.Conv2d)):
-                total += out.numel() * (1.0 + 0.4 * _fan_in(block) / channels)
-                narrow = False
-            elif isinstance(block, (*_SAMPLEWISE, _BatchNorm, _DropoutNd)):
-                total += (4.0 if isinstance(block, _CHANNELWISE) else 1.0) * x.numel() / channels
+            if isinstance(block, (*_SAMPLEWISE, _BatchNorm, _DropoutNd)) and not isinstance(
+                block, (nn.Linear, nn.Conv2d)
+            ):
+                passes = 4.0 if isinstance(block, _CHANNELWISE) else 6.0 if isinstance(block, _BatchNorm) else 1.0
+                total += passes * x.numel() * part
             else:
-                total += out.numel() * (1.0 + 0.4 * _fan_in(block))
-                narrow = False
-        return total + 4.0 * call.inputs[-1].numel()
+                # products over few channels are slow ones
+                each = 0.4 if part < 1.0 else 0.1
+                total += out.numel() * (1.0 + each * _fan_in(block) * part)
+                part = 1.0
+        # a linear layer that turns one channel into losses writes exponentials, which are counted, and nothing else
+        return total + (0.0 if stays else 4.0 * call.inputs[-1].numel())
 
     def _chunk(self, name: str) -> int:
         block = self.block_of[name]
@@ -223,19 +271,48 @@ class BlockQueries:
         if not isinstance(self.blocks[block], (nn.Linear, nn.Conv2d, _BatchNorm)):
             largest += own.numel() * own.element_size()
         # the input and the output of a layer, and what it works in
-        chunk = max(1, int(self.memory / (3 * largest)))
-        if self._targets is None:
-            return chunk
-        # outputs that stay in a cache are read and written several times as fast
-        outputs = self._calls[0].inputs[-1]
-        return min(chunk, max(16, _CACHE // (outputs.numel() * outputs.element_size())))
+        chunk = self.memory // (3 * largest)
+        if self.base.device.type == "cpu":
+            # what stays in a cache is read and written several times as fast
+            if self._stays_narrow(block):
+                call = self._calls[0]
+                largest = max(x.nbytes // x.shape[1] for x in call.inputs[block + 1 : max(block + 2, len(self.blocks))])
+                chunk = min(chunk, max(16, _CACHE // (4 * largest)))
+            else:
+                chunk = min(chunk, max(2, _CACHE // largest))
+        return max(1, chunk)
 
-    def _outputs(self, call: _Call, name: str, first: int, places: Tensor, by: float) -> Tensor:
-        """Outputs of the network, shape ``(K, B, ...)``."""
+    def _stays_narrow(self, first: int) -> bool:
+        """Whether only one channel of a coordinate is computed until a last linear layer turns it into a loss."""
+        blocks = self.blocks
+        if self._cross_entropy is None or type(blocks[-1]) is not nn.Linear or self._calls[0].inputs[-1].ndim != 2:
+            return False
+        between = (*_ELEMENTWISE, *_CHANNELWISE, _BatchNorm, nn.Flatten, _DropoutNd)
+        return isinstance(blocks[first], (nn.Linear, nn.Conv2d, _BatchNorm)) and all(
+            isinstance(block, between) for block in blocks[first + 1 : -1]
+        )
+
+    def _before_last(self, call: _Call, name: str, first: int, places: Tensor, by: float) -> tuple[Any, bool]:
+        """What the last block is given, or its output if the coordinate is in it, and whether it is yet to be run."""
         state: Tensor | _Channels = self._moved(call, name, first, places, by)
-        for place in range(first + 1, len(self.blocks)):
+        last = len(self.blocks) - 1
+        for place in range(first + 1, last):
             state = self._through(call, place, state)
-        return self._whole(call, len(self.blocks), state)
+        return state, first < last
+
+    def _losses_after(self, states: list[tuple[Any, bool]]) -> Tensor:
+        state, unfinished = states[0]
+        if self._cross_entropy is not None and isinstance(state, _Channels):
+            found = self._cross_entropies(self._cross_entropy, state, unfinished)
+            if found is not None:
+                self.oracle.queries += len(found)
+                return found if found.dtype.itemsize >= 4 else found.float()
+        last = len(self.blocks) - 1
+        outputs = [
+            self._whole(call, last + 1, self._through(call, last, state) if unfinished else state)
+            for call, (state, unfinished) in zip(self._calls, states, strict=True)
+        ]
+        return self._losses_of(outputs)
 
     # -- the block of the coordinate -----------------------------------------------------------------------------------
     def _moved(self, call: _Call, name: str, place: int, places: Tensor, by: float) -> Tensor | _Channels:
@@ -245,23 +322,23 @@ class BlockQueries:
         inner = parameter[0].numel() if parameter.ndim else 1
         channel, within = places // max(inner, 1), places % max(inner, 1)
         if type(block) is nn.Linear and x.ndim == 2:
-            column = torch.full_like(x[:, :1], by).T if parameter is bias else by * x.T[within]
-            return _Channels(out.T[channel] + column, channel)
+            before = call.channels(place + 1, channel, ())
+            change = by if parameter is bias else by * call.channels(place, within, ())
+            return _Channels(before.add_(change), channel)
         if type(block) is nn.Conv2d and block.padding_mode == "zeros" and not isinstance(block.padding, str):
-            before = out.transpose(0, 1)[channel]
+            before = call.channels(place + 1, channel, out.shape[2:])
             if parameter is bias:
                 return _Channels(before + by, channel)
             groups = block.groups
             # a row of the unfolded input for each entry of a filter; filters of a group see the group's channels
             rows = (channel // (block.out_channels // groups)) * inner + within
-            distinct, inverse = rows.unique(return_inverse=True)
-            patches = _unfolded(block, x, distinct)
-            return _Channels(before + by * patches[inverse].view(len(places), *before.shape[1:]), channel)
+            patches = call.patches(place, block, rows, self.memory // 3)
+            return _Channels(before.add_(patches.view_as(before), alpha=by), channel)
         if isinstance(block, _BatchNorm) and x.ndim in (2, 4):
-            before = out.transpose(0, 1)[places]
+            before = call.channels(place + 1, places, out.shape[2:])
             if parameter is bias:
                 return _Channels(before + by, places)
-            values = x.transpose(0, 1)[places]
+            values = call.channels(place, places, x.shape[2:])
             return _Channels(before + by * _standardised(block, values, places), places)
         return self._any_block(block, x, parameter, places, by)
 
@@ -315,19 +392,12 @@ class BlockQueries:
         if isinstance(block, _DropoutNd):
             if place not in call.masks:
                 return state
-            masks = self._channels_of(call.masks[place], channel, values)
-            return _Channels(values * masks, channel)
+            return _Channels(values * call.masks_of(place, channel, values.shape[2:]), channel)
         if isinstance(block, _BatchNorm) and values.ndim in (2, 4) and x.ndim == values.ndim:
             return _Channels(_normalised(block, values, channel), channel)
-        increment = values - self._channels_of(x, channel, values)
         if type(block) is nn.Linear and out.ndim == 2:
-            # a channel that was flattened has several entries
-            weight = block.weight.view(block.out_features, -1, values[0, 0].numel())[:, channel]
-            if weight.shape[2] == 1:
-                # classes before samples: a softmax over a short last dimension takes many times longer
-                change = torch.addcmul(out.T, weight.transpose(0, 1), increment.flatten(1)[:, None])
-                return change.transpose(1, 2)
-            return out + torch.einsum("kbs,oks->kbo", _entries(increment), weight)
+            weight, increment = self._factors(call, place, state)
+            return out + torch.matmul(weight, increment).transpose(1, 2)
         if (
             type(block) is nn.Conv2d
             and image
@@ -335,21 +405,31 @@ class BlockQueries:
             and block.padding_mode == "zeros"
             and not isinstance(block.padding, str)
         ):
-            parts = []
+            whole = out.new_empty(len(values), *out.shape)
+            increment = values - call.channels(place, channel, values.shape[2:])
             # coordinates are sorted by channel
             distinct, counts = channel.unique_consecutive(return_counts=True)
-            for one, some in zip(distinct.tolist(), increment.split(counts.tolist()), strict=True):
+            shares = zip(distinct.tolist(), increment.split(counts.tolist()), whole.split(counts.tolist()), strict=True)
+            for one, some, target in shares:
                 weight = block.weight[:, one : one + 1]
                 part = F.conv2d(some.flatten(0, 1)[:, None], weight, None, block.stride, block.padding, block.dilation)
-                parts.append(part.view(*some.shape[:2], *part.shape[1:]))
-            return torch.cat(parts).add_(out)
+                torch.add(part.view_as(target), out, out=target)
+            return whole
         return None
 
-    @staticmethod
-    def _channels_of(x: Tensor, channel: Tensor, values: Tensor) -> Tensor:
-        """Channels of a tensor of the clean pass, one a coordinate, shaped like ``values``."""
-        # after a flattening the channels still follow one another
-        return x.view(len(x), -1, values[0, 0].numel()).transpose(0, 1)[channel].view_as(values)
+    def _factors(self, call: _Call, place: int, state: _Channels) -> tuple[Tensor, Tensor]:
+        """What one channel a coordinate adds to the outputs of a linear layer, as factors of a product.
+
+        Returns:
+            Weights, shape ``(K, out_features, S)``, and increments, shape ``(K, S, B)``; a channel that was flattened
+            has several entries ``S``.
+
+        """
+        block: Any = self.blocks[place]
+        values = state.values
+        increment = values - call.channels(place, state.channel, values.shape[2:])
+        weight = block.weight.view(block.out_features, -1, values[0, 0].numel())
+        return weight.transpose(0, 1).contiguous()[state.channel], _entries(increment).transpose(1, 2)
 
     def _whole(self, call: _Call, place: int, state: Tensor | _Channels) -> Tensor:
         if isinstance(state, Tensor):
@@ -366,11 +446,12 @@ class BlockQueries:
         """The losses that the outputs of the network's calls lead to."""
         count = len(outputs[0])
         self.oracle.queries += count
-        if self._targets is not None:
-            return self._cross_entropies(outputs[0], self._targets)
+        if self._cross_entropy is not None:
+            found = self._cross_entropy.of_logits(outputs[0])
+            return found if found.dtype.itemsize >= 4 else found.float()
         if self.vectorized:
             try:
-                with _SamplesLast():
+                with SamplesLast():
                     found = torch.func.vmap(self._loss_of, randomness="same")(*outputs)
                 return self._scalars(found, count)
             except (RuntimeError, TypeError, ValueError):
@@ -379,35 +460,14 @@ class BlockQueries:
                 self.vectorized = False
         return torch.stack([self.oracle.scalar(self._loss_of(*(each[k] for each in outputs))) for k in range(count)])
 
-    @torch.no_grad()
-    def _recognise_cross_entropy(self) -> None:
-        """See whether the loss is the mean cross-entropy of the network's output and nothing else.
-
-        Then it needs no evaluation of the whole step for every coordinate.
-        """
-        if len(self._calls) != 1:
-            return
-        output, watch = self._calls[0].inputs[-1], _Watch()
-        with watch:
-            found = self._loss_of(output)
-        if len(watch.calls) == 1:
-            logits, targets, settings, result = watch.calls[0]
-            if logits is output and result is found and output.ndim == 2 and _plain_mean(targets, settings):
-                self._targets = targets
-
-    def _cross_entropies(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropies of outputs ``(K, B, C)``, which are used up."""
-        first = outputs.transpose(1, 2)
-        # relative to the greatest logits of the clean pass, from which a coordinate leads not far away
-        top = self._calls[0].inputs[-1].amax(dim=1)
-        moved = first.sub(top).contiguous()
-        chosen = moved.gather(1, targets.expand(len(moved), 1, -1))[:, 0]
-        found = (moved.exp_().sum(dim=1).log_() - chosen).mean(dim=1)
-        if not bool(torch.isfinite(found).all()):
-            # it led far away, or is no number
-            chosen = first.gather(1, targets.expand(len(first), 1, -1))[:, 0]
-            found = (first.logsumexp(dim=1) - chosen).mean(dim=1)
-        return found if found.dtype.itemsize >= 4 else found.float()
+    def _cross_entropies(self, loss: NearbyCrossEntropy, state: _Channels, unfinished: bool) -> Tensor | None:
+        """Losses after one channel a coordinate, or None where the last block is not a linear layer."""
+        call, last = self._calls[0], len(self.blocks) - 1
+        if type(self.blocks[last]) is not nn.Linear or call.inputs[-1].ndim != 2:
+            return None
+        if unfinished:
+            return loss.of_products(*self._factors(call, last, state))
+        return loss.of_one_logit(state.channel, state.values - call.channels(last + 1, state.channel, ()))
 
     def _scalars(self, found: Any, count: int) -> Tensor:
         if not isinstance(found, Tensor) or found.numel() != count or not found.is_floating_point():
@@ -425,55 +485,6 @@ class BlockQueries:
 
         with _replaced_forward(self._network, forward):
             return self.oracle.value()
-
-
-class _Watch(TorchFunctionMode):
-    """Keeps the calls of cross-entropy: logits, targets, settings and result."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, Tensor, dict[str, Any], Any]] = []
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        if func is F.cross_entropy and len(args) == 2:
-            self.calls.append((args[0], args[1], kwargs, result))
-        return result
-
-
-class _SamplesLast(TorchFunctionMode):
-    """Lets a mean cross-entropy over few classes run along the samples.
-
-    The loss is the same; a softmax over a short last dimension takes many times longer than one over the first, and a
-    batched negative log-likelihood is made of many small operations.
-    """
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is F.cross_entropy and len(args) == 2 and _plain_mean(args[1], kwargs):
-            classes_first = args[0].T
-            chosen = classes_first.gather(0, args[1][None])[0]
-            return (classes_first.logsumexp(0) - chosen).mean()
-        return func(*args, **kwargs)
-
-
-def _plain_mean(targets: Tensor, settings: dict[str, Any]) -> bool:
-    """Whether a cross-entropy is the mean over samples with one class each, none of which is ignored."""
-    others = {
-        "weight": None,
-        "size_average": None,
-        "ignore_index": -100,
-        "reduce": None,
-        "reduction": "mean",
-        "label_smoothing": 0.0,
-    }
-    plain = all(name in others and others[name] == value for name, value in settings.items())
-    return plain and targets.ndim == 1 and not targets.is_floating_point() and bool((targets >= 0).all())
 
 
 class _NotAChainError(Exception):
@@ -494,10 +505,9 @@ def _replaced_forward(network: nn.Module, forward: Callable[..., Tensor]) -> Ite
             object.__setattr__(network, "forward", own)
 
 
-def _unfolded(block: nn.Conv2d, x: Tensor, rows: Tensor) -> Tensor:
-    """Rows of the unfolded input of a convolution, shape ``(R, B, H' * W')``."""
-    columns = F.unfold(x, block.kernel_size, block.dilation, block.padding, block.stride)  # type: ignore[arg-type]
-    return columns.transpose(0, 1)[rows]
+def _channels_first(x: Tensor, entries: int) -> Tensor:
+    """A batch as ``(C, B, entries)``; after a flattening the channels still follow one another."""
+    return x.reshape(len(x), -1, entries).transpose(0, 1)
 
 
 def _statistics(block: Any, values: Tensor, channel: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -428,7 +428,7 @@ def test_losses_of_all_kinds(loss, recognised):
         value = lambda: loss(network(x), targets)  # noqa: E731
         return LossOracle(value, dict(network.named_parameters()), module=network, network=network)
 
-    assert (BlockQueries.of(oracle(), 1 << 20)._targets is not None) == recognised
+    assert (BlockQueries.of(oracle(), 1 << 20)._cross_entropy is not None) == recognised
     CGE(mu=1e-6, central=True).add(oracle())
     expected = torch.autograd.grad(loss(network(x), targets), list(network.parameters()))
     for parameter, gradient in zip(network.parameters(), expected, strict=True):
