@@ -66,9 +66,14 @@ def find_network(host: nn.Module, name: str | None = None) -> nn.Module:
             )
         return modules[name]
     if name is None:
-        every = {id(parameter) for parameter in host.parameters()}
-        for child in host.children():
-            if every and {id(parameter) for parameter in child.parameters()} == every:
+        # what a callback put beside the network is no part of it
+        added = getattr(host.__dict__.get(ATTACHMENT), "parts", {})
+        children = {key: child for key, child in host.named_children() if key not in added}
+        held = [{id(parameter) for parameter in child.parameters()} for child in children.values()]
+        others = [parameter for part in added for parameter in host.get_submodule(part).parameters()]
+        every = {id(parameter) for parameter in host.parameters()} - {id(parameter) for parameter in others}
+        for child, own in zip(children.values(), held, strict=True):
+            if every and own == every:
                 return child
     if not overrides(host, "forward"):
         raise ValueError(

@@ -123,6 +123,8 @@ class Attachment:
         self.methods: dict[str, WrappedMethod] = {}
         self.callbacks: list[HostCallback] = []
         self.undo = ExitStack()
+        # sub-modules that callbacks added to the host, by name
+        self.parts: dict[str, nn.Module] = {}
         self.pass_seconds = 0.0
         self._edits: list[tuple[GradientPhase, HostCallback, Callable[[Optimizer], None]]] = []
         self._constraints: list[tuple[ConstraintPhase, HostCallback, Callable[[Optimizer], None]]] = []

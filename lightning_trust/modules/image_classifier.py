@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -12,11 +11,10 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_trust.core.schedules import Schedule
+from lightning_trust.core.learning_rates import LearningRates, check_schedule, scheduled
 from lightning_trust.nn import create_network
 
 
@@ -87,7 +85,7 @@ class ImageClassifier(pl.LightningModule):
         in_channels: int = 1,
         network_args: dict[str, Any] | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=5e-4),
-        schedule: Schedule | Literal["cosine", "cyclic", "constant"] = "cosine",
+        schedule: LearningRates = "cosine",
     ) -> None:
         super().__init__()
         if num_classes < self.least_classes:
@@ -95,11 +93,7 @@ class ImageClassifier(pl.LightningModule):
                 f"Expected argument `num_classes` to be an integer of at least {self.least_classes},"
                 f" but got {num_classes}."
             )
-        if not isinstance(schedule, Schedule) and schedule not in ("cosine", "cyclic", "constant"):
-            raise ValueError(
-                "Expected argument `schedule` to be 'cosine', 'cyclic', 'constant' or a Schedule,"
-                f" but got {schedule!r}."
-            )
+        check_schedule(schedule)
         if isinstance(network, nn.Module) and network_args:
             raise MisconfigurationException(
                 f"Argument `network_args` is for a network given by name, but got network_args={network_args} and a"
@@ -169,28 +163,4 @@ class ImageClassifier(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer and, unless it is constant, its learning rate per step."""
-        optimizer = self._make_optimizer(self.parameters())
-        if self.schedule == "constant":
-            return optimizer
-        steps = self.trainer.estimated_stepping_batches
-        if isinstance(self.schedule, Schedule):
-            schedule = self.schedule
-            # the line above has set up the training data
-            batches = self.trainer.num_training_batches
-            if not math.isfinite(batches):
-                raise MisconfigurationException(
-                    f"schedule={schedule} needs to know the number of steps in an epoch, but the training data have no"
-                    " length. Pass `limit_train_batches`, or take schedule='constant'."
-                )
-            epoch = max(1, math.ceil(batches / self.trainer.accumulate_grad_batches))
-            scheduler: LRScheduler = LambdaLR(optimizer, lambda step: schedule.value_at(step / epoch))
-        elif not math.isfinite(steps):
-            raise MisconfigurationException(
-                f"schedule='{self.schedule}' needs to know the number of steps, but the Trainer has neither"
-                " `max_epochs` nor `max_steps`. Give one of them or take schedule='constant'."
-            )
-        elif self.schedule == "cyclic":
-            scheduler = LambdaLR(optimizer, lambda step: max(0.0, 1.0 - abs(2.0 * step / steps - 1.0)))
-        else:
-            scheduler = CosineAnnealingLR(optimizer, T_max=max(1, int(steps)))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return scheduled(self._make_optimizer(self.parameters()), self.schedule, self)

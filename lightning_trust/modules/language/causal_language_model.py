@@ -16,8 +16,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from lightning_trust.core.learning_rates import check_schedule, scheduled
 from lightning_trust.core.schedules import Schedule
-from lightning_trust.modules.learning_rates import check_schedule, scheduled
 from lightning_trust.nn.language import LoRA, create_causal_network
 from lightning_trust.nn.language.causal_network import Precision
 
@@ -184,4 +184,4 @@ class CausalLanguageModel(pl.LightningModule):
         named = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
         if not named:
             raise MisconfigurationException("CausalLanguageModel has no parameter that requires a gradient.")
-        return scheduled(self._make_optimizer(named), self.schedule, self.trainer)
+        return scheduled(self._make_optimizer(named), self.schedule, self)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
@@ -23,7 +23,7 @@ def check_schedule(schedule: Any) -> None:
         )
 
 
-def scheduled(optimizer: Optimizer, schedule: LearningRates, trainer: Any) -> OptimizerLRScheduler:
+def scheduled(optimizer: Optimizer, schedule: LearningRates, host: Any) -> OptimizerLRScheduler:
     r"""An optimizer and, unless it is constant, its learning rate per step, as ``configure_optimizers`` returns them.
 
     Args:
@@ -31,7 +31,7 @@ def scheduled(optimizer: Optimizer, schedule: LearningRates, trainer: Any) -> Op
         schedule: With :math:`T` steps in the run, step :math:`t = 0, \dots, T - 1` has :math:`\eta_t = \frac{\eta_0}{2}
             (1 + \cos(\pi t / T))` under ``"cosine"`` and :math:`\eta_t = \eta_0 (1 - |2 t / T - 1|)` under
             ``"cyclic"``; a schedule of core.schedules multiplies the rate by its value at the epochs gone by.
-        trainer: The Trainer of the run.
+        host: The LightningModule of the run, which has its Trainer.
 
     Raises:
         MisconfigurationException: If the schedule asks for a number of steps that the run does not have.
@@ -39,6 +39,7 @@ def scheduled(optimizer: Optimizer, schedule: LearningRates, trainer: Any) -> Op
     """
     if schedule == "constant":
         return optimizer
+    trainer = host.trainer
     steps = trainer.estimated_stepping_batches
     if isinstance(schedule, Schedule):
         own = schedule
