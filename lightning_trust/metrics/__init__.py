@@ -1,6 +1,7 @@
 """torchmetrics metrics."""
 
 from lightning_trust.metrics.expert_routing import ExpertUtilisation, RouterRobustness
+from lightning_trust.metrics.group_fairness import DemographicParityGap, EqualizedOddsGap, WorstGroupAccuracy
 from lightning_trust.metrics.macro_auroc import MacroAUROC
 from lightning_trust.metrics.membership_inference import MembershipInference
 from lightning_trust.metrics.relative_l2 import RelativeL2
@@ -9,6 +10,8 @@ from lightning_trust.metrics.saliency_fidelity import SaliencyFidelity
 from lightning_trust.metrics.shortcut_reliance import ShortcutReliance
 
 __all__ = [
+    "DemographicParityGap",
+    "EqualizedOddsGap",
     "ExpertUtilisation",
     "MacroAUROC",
     "MembershipInference",
@@ -17,4 +20,5 @@ __all__ = [
     "RouterRobustness",
     "SaliencyFidelity",
     "ShortcutReliance",
+    "WorstGroupAccuracy",
 ]
