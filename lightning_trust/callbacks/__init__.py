@@ -25,6 +25,7 @@ from lightning_trust.callbacks.adversarial import (
 from lightning_trust.callbacks.exact_resume import ExactResume
 from lightning_trust.callbacks.language import SaveAdapter
 from lightning_trust.callbacks.load_weights import LoadWeights
+from lightning_trust.callbacks.prompting import IterativeLabelMapping, VisualPrompting
 from lightning_trust.callbacks.pruning import OneShotPruning
 from lightning_trust.callbacks.unlearning import (
     FineTune,
@@ -58,6 +59,7 @@ __all__ = [
     "FineTune",
     "FreeAdversarialTraining",
     "GradAlign",
+    "IterativeLabelMapping",
     "KnowledgeLoss",
     "L1Sparse",
     "LoadWeights",
@@ -74,6 +76,7 @@ __all__ = [
     "SaveAdapter",
     "StandardAT",
     "UnlearningReport",
+    "VisualPrompting",
     "WeightSaliency",
     "ZerothOrderGradient",
 ]

@@ -238,11 +238,18 @@ class SurroundingCallback(HostCallback):
         _restrict(optimizers, trained, type(self).__name__)
         return result
 
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Put what is frozen in eval mode: BatchNorm statistics stay as they are, dropout is off."""
+        self._freeze_modes(pl_module)
+
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Keep what is frozen in eval mode: BatchNorm statistics stay as they are, dropout is off."""
+        """Keep it in eval mode."""
         super().on_train_epoch_start(trainer, pl_module)
-        own = {id(module) for module in self.part.modules()} | {id(pl_module)}
-        found = [(module, module.training) for module in pl_module.modules() if id(module) not in own]
+        self._freeze_modes(pl_module)
+
+    def _freeze_modes(self, host: nn.Module) -> None:
+        own = {id(module) for module in self.part.modules()} | {id(host)}
+        found = [(module, module.training) for module in host.modules() if id(module) not in own]
         self._modes = self._modes or found
         for module, _ in found:
             module.training = False

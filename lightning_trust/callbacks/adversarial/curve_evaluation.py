@@ -17,7 +17,6 @@ from lightning_trust.attacks.preparation import check_logits
 from lightning_trust.callbacks.adversarial.adversarial_training import input_space
 from lightning_trust.callbacks.adversarial.curve_points import check_statistics, point_of, statistics_of
 from lightning_trust.callbacks.adversarial.robust_mode_connectivity import curve_of
-from lightning_trust.callbacks.adversarial.training_batches import training_batches
 from lightning_trust.core.batch import BatchSpec
 from lightning_trust.core.distributed import from_all_ranks, rank, world_size
 from lightning_trust.core.files import write_json, write_tensors
@@ -27,6 +26,7 @@ from lightning_trust.core.passes import reestimate_batchnorm
 from lightning_trust.core.randomness import SampleDraws
 from lightning_trust.core.space import InputSpace
 from lightning_trust.core.step import HostCallback
+from lightning_trust.core.training_batches import training_batches
 from lightning_trust.functional.adversarial.curve import best_positions, loss_barrier
 from lightning_trust.metrics.robust_accuracy import check_names
 from lightning_trust.nn.adversarial.curve import CurveNetwork
@@ -274,7 +274,9 @@ class CurveEvaluation(HostCallback):
         if not statistics_of(curve):
             self._statistics = [[] for _ in positions]
             return
-        loader = training_batches(trainer, host, type(self).__name__, self.bn_batches)
+        loader = training_batches(
+            trainer, host, type(self).__name__, "re-estimates BatchNorm's statistics", self.bn_batches
+        )
         for t in positions:
             with point_of(curve, t, statistics_of(curve)):
                 reestimate_batchnorm(trainer, host, curve, loader, self.batch_spec)

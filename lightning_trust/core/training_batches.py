@@ -17,13 +17,14 @@ from lightning_trust.core.host import overrides
 from lightning_trust.core.randomness import untouched_random_state
 
 
-def training_batches(trainer: Any, host: Any, owner: str, at_most: int | None = None) -> Iterable[Any]:
+def training_batches(trainer: Any, host: Any, owner: str, purpose: str, at_most: int | None = None) -> Iterable[Any]:
     """The training data of a run, in any of its stages, apart from the loader that a fit is working through.
 
     Args:
         trainer: The Trainer; ``limit_train_batches`` counts.
         host: The host.
         owner: Name of the class that asks, for messages.
+        purpose: What it needs the data for, such as ``"counts predictions"``.
         at_most: At most so many batches; all if None.
 
     Raises:
@@ -41,13 +42,12 @@ def training_batches(trainer: Any, host: Any, owner: str, at_most: int | None = 
             loader = host.train_dataloader()
         else:
             raise MisconfigurationException(
-                f"{owner} re-estimates BatchNorm's statistics on the training data, but got none. Pass `datamodule=` to"
+                f"{owner} {purpose} on the training data, but got none. Pass `datamodule=` to"
                 " the Trainer, or give the host a `train_dataloader`."
             )
         if isinstance(loader, (dict, list, tuple, CombinedLoader)):
             raise MisconfigurationException(
-                f"{owner} re-estimates BatchNorm's statistics on one training data loader, but got a"
-                f" {type(loader).__name__} of several."
+                f"{owner} {purpose} on one training data loader, but got a {type(loader).__name__} of several."
             )
         loader = trainer._data_connector._prepare_dataloader(loader, shuffle=False, mode=RunningStage.TRAINING)
     limit = trainer.limit_train_batches
@@ -57,7 +57,7 @@ def training_batches(trainer: Any, host: Any, owner: str, at_most: int | None = 
     known = [count for count in counts if count is not None]
     batches = _FirstBatches(loader, min(known) if known else None)
     if not any(True for _ in batches):
-        raise ValueError("Expected the training data to have a batch to re-estimate BatchNorm's statistics, got none.")
+        raise ValueError(f"{owner} {purpose} on the training data, but they have no batch.")
     return batches
 
 
