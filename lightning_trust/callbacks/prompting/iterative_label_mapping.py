@@ -88,8 +88,8 @@ class IterativeLabelMapping(HostCallback):
         _, mapping = self._part(trainer, pl_module)
         if epoch > 0 and epoch % self.interval_epochs == 0 and mapping.method == "iterative":
             self.refresh(trainer, pl_module)
-        self.log("trust/mapping_changed", self.changed)
-        self.log("trust/mapping_mass", self.mass)
+        pl_module.log("trust/mapping_changed", self.changed)
+        pl_module.log("trust/mapping_mass", self.mass)
 
     @torch.no_grad()
     def counts(self, trainer: Any, host: Any) -> Tensor:

@@ -386,7 +386,7 @@ def test_bad_input(tmp_path):
         def train_dataloader(self):
             return DataLoader(self.train, batch_size=32, drop_last=True)
 
-    with pytest.raises(ValueError, match="training data to have a batch"):
+    with pytest.raises(ValueError, match="on the training data, but they have no batch"):
         validate(Curve(), datamodule=Empty())
 
     class Several(Data):
