@@ -9,13 +9,29 @@ from lightning_trust.functional.prompting.label_mapping import (
     semantic_label_mapping,
 )
 from lightning_trust.functional.prompting.simplex_projection import project_to_simplex
+from lightning_trust.functional.prompting.source_scores import (
+    feature_mapping_scores,
+    grad_norm_scores,
+    group_means,
+    label_mapping_scores,
+    linear_grad_norms,
+    moderate_rows,
+    rank_groups,
+)
 
 __all__ = [
     "check_enough_sources",
     "conflict_free_gradient",
     "count_predictions",
+    "feature_mapping_scores",
     "frequency_label_mapping",
+    "grad_norm_scores",
+    "group_means",
+    "label_mapping_scores",
+    "linear_grad_norms",
     "mapping_precision",
+    "moderate_rows",
     "project_to_simplex",
+    "rank_groups",
     "semantic_label_mapping",
 ]
