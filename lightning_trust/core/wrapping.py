@@ -75,6 +75,8 @@ class Surrounded(nn.Module):
         super().__init__()
         self.network = network.requires_grad_(False)
         self.part = part
+        #: what a file says that the part was read from
+        self.card: dict[str, Any] = {}
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Surrounded:
@@ -283,6 +285,17 @@ class SurroundingCallback(HostCallback):
         weights = checkpoint.get("state_dict", {})
         for key in [key for key in weights if key.startswith(f"{self.part_name}.")]:
             del weights[key]
+
+
+def surrounding(trainer: Any, host: nn.Module, kind: type[Surround]) -> tuple[Surround, nn.Module] | None:
+    """The part of a kind in a run, a callback's or one that the host was built with, and the network it surrounds."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, SurroundingCallback) and isinstance(callback.part, kind):
+            return callback.part, find_network(host, callback.network)
+    for module in host.modules():
+        if isinstance(module, Surrounded) and isinstance(module.part, kind):
+            return module.part, module.network
+    return None
 
 
 class _Enter:

@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_trust.datamodules.image_rows import ImageRowsDataModule, RandomShiftFlip
@@ -32,6 +33,7 @@ class Digits(ImageRowsDataModule):
         augment: Whether training images are shifted by up to one pixel at random.
         normalise: Whether to subtract the mean of the training pixels, 0.3054, and divide by their standard deviation,
             0.3755.
+        image_size: Side of the images in pixels; more than 8 enlarges them, bilinearly.
 
     Raises:
         ValueError: If a number is out of its range or more rows are asked for than there are.
@@ -64,12 +66,23 @@ class Digits(ImageRowsDataModule):
         seed: int = 0,
         augment: bool = False,
         normalise: bool = False,
+        image_size: int = 8,
     ) -> None:
         super().__init__(batch_size, num_workers, train_rows, val_rows, test_rows, seed, augment, normalise)
+        if image_size < 8:
+            raise ValueError(f"Expected argument `image_size` to be at least 8, but got {image_size}.")
+        self.image_size = image_size
+        if image_size > 8:
+            # between two of the sixteen steps of grey lie others
+            self.largest = 255
 
     def read(self, part: Literal["train", "test"]) -> tuple[Tensor, Tensor]:
-        """All raw images, bytes of shape ``(N, 1, 8, 8)`` from 0 to 16, and labels ``(N,)`` of a part."""
+        """All raw images, bytes of shape ``(N, 1, H, W)``, and labels ``(N,)`` of a part; 8 by 8 from 0 to 16."""
         images, targets = _read()
+        if self.image_size > 8:
+            size = [self.image_size, self.image_size]
+            large = F.interpolate(images.float(), size, mode="bilinear", align_corners=False)
+            images = (large * (255.0 / 16.0)).round().to(torch.uint8)
         rows = slice(None, -_TEST_ROWS) if part == "train" else slice(-_TEST_ROWS, None)
         return images[rows], targets[rows]
 

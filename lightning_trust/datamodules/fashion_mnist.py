@@ -63,7 +63,7 @@ class FashionMNIST(ImageRowsDataModule):
 
     """
 
-    class_names = (
+    class_names: tuple[str, ...] = (
         "T-shirt/top",
         "Trouser",
         "Pullover",

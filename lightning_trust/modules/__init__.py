@@ -5,6 +5,14 @@ from __future__ import annotations
 from lightning_trust.modules.image_classifier import ImageClassifier
 from lightning_trust.modules.language import CausalLanguageModel
 from lightning_trust.modules.multi_label_classifier import MultiLabelClassifier
+from lightning_trust.modules.prompting import VisualPromptClassifier
 from lightning_trust.modules.zeroth_order import PINNModule, SKSModule
 
-__all__ = ["CausalLanguageModel", "ImageClassifier", "MultiLabelClassifier", "PINNModule", "SKSModule"]
+__all__ = [
+    "CausalLanguageModel",
+    "ImageClassifier",
+    "MultiLabelClassifier",
+    "PINNModule",
+    "SKSModule",
+    "VisualPromptClassifier",
+]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
@@ -73,6 +73,8 @@ class ImageClassifier(pl.LightningModule):
 
     """
 
+    #: Arguments of a subclass that are objects, which a checkpoint does not keep outside LightningCLI.
+    built_arguments: ClassVar[tuple[str, ...]] = ()
     #: Fewest classes that make a problem.
     least_classes = 2
     #: Name of the measure in the logs of validation and test.
@@ -100,9 +102,8 @@ class ImageClassifier(pl.LightningModule):
                 f" {type(network).__name__} that is built already."
             )
         parts = {"network": network, "schedule": schedule}
-        self.save_hyperparameters(
-            ignore=["optimizer", *(name for name, part in parts.items() if not isinstance(part, str))]
-        )
+        objects = [name for name, part in parts.items() if not isinstance(part, str)]
+        self.save_hyperparameters(ignore=["optimizer", *self.built_arguments, *objects])
         if "_instantiator" in self.hparams:  # LightningCLI is at work and hands over plain data for every argument
             self.save_hyperparameters()
         self.network = (

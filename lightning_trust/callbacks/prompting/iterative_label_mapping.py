@@ -14,7 +14,7 @@ from lightning_trust.core.host import find_network
 from lightning_trust.core.passes import evaluate, timed_pass
 from lightning_trust.core.step import HostCallback
 from lightning_trust.core.training_batches import training_batches
-from lightning_trust.core.wrapping import Surrounded, SurroundingCallback
+from lightning_trust.core.wrapping import Surrounded, SurroundingCallback, surrounding
 from lightning_trust.functional.prompting import count_predictions
 from lightning_trust.nn.prompting.label_mapping import LabelMapping
 from lightning_trust.nn.prompting.visual_prompt import VisualPrompt
@@ -118,23 +118,24 @@ class IterativeLabelMapping(HostCallback):
         self.mass = float(chosen.sum()) / max(1.0, float(counts.sum()))
 
     def _part(self, trainer: Any, host: Any) -> tuple[VisualPrompt, LabelMapping]:
-        parts = [each.part for each in trainer.callbacks if isinstance(each, SurroundingCallback)]
-        parts += [module.part for module in host.modules() if isinstance(module, Surrounded)]
-        for part in parts:
-            if isinstance(part, VisualPrompt) and isinstance(part.mapping, LabelMapping):
-                if not part.mapping.is_counted:
-                    raise MisconfigurationException(
-                        f"{type(self).__name__} counts mappings of method 'frequency' or 'iterative', but got"
-                        f" method='{part.mapping.method}'. Remove one of the two."
-                    )
-                return part, part.mapping
-        raise MisconfigurationException(
-            f"{type(self).__name__} found no LabelMapping: neither a VisualPrompting callback with one nor a network"
-            " with one in the host. Pass `mapping=LabelMapping(...)` to VisualPrompting."
-        )
+        found = surrounding(trainer, host, VisualPrompt)
+        mapping = None if found is None else found[0].mapping
+        if not isinstance(mapping, LabelMapping):
+            raise MisconfigurationException(
+                f"{type(self).__name__} found no LabelMapping: neither a VisualPrompting callback with one nor a"
+                " network with one in the host. Pass `mapping=LabelMapping(...)` to VisualPrompting."
+            )
+        if not mapping.is_counted:
+            raise MisconfigurationException(
+                f"{type(self).__name__} counts mappings of method 'frequency' or 'iterative', but got"
+                f" method='{mapping.method}'. Remove one of the two."
+            )
+        assert found is not None  # noqa: S101  (it has a mapping)
+        return found[0], mapping  # type: ignore[return-value]
 
-    def _network(self, trainer: Any, host: Any) -> nn.Module:
-        for each in trainer.callbacks:
-            if isinstance(each, SurroundingCallback):
-                return find_network(host, each.network)
+    @staticmethod
+    def _network(trainer: Any, host: Any) -> nn.Module:
+        for callback in trainer.callbacks:
+            if isinstance(callback, SurroundingCallback):
+                return find_network(host, callback.network)
         return next(module for module in host.modules() if isinstance(module, Surrounded))

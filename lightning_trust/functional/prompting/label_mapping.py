@@ -35,7 +35,7 @@ def count_predictions(predictions: Tensor, targets: Tensor, num_source: int, num
 
     """
     for name, classes, count in (("predictions", predictions, num_source), ("targets", targets, num_target)):
-        if classes.numel() and not (0 <= int(classes.min()) and int(classes.max()) < count):
+        if classes.numel() and not (int(classes.min()) >= 0 and int(classes.max()) < count):
             raise ValueError(
                 f"Expected argument `{name}` to hold classes in [0, {count}), but got {int(classes.min())} to"
                 f" {int(classes.max())}."
@@ -50,8 +50,8 @@ def frequency_label_mapping(counts: Tensor, sources_per_target: int = 1, solver:
     From "Understanding and Improving Visual Prompting: A Label-Mapping Perspective" (CVPR 2023). The greedy solver
     takes the largest count left, gives its source class to its target class, and goes on without that source class, and
     without target classes that have all of theirs. Of equal counts it takes the lowest source class, then the lowest
-    target class, so that a class that is never predicted gets the lowest source class that is left. The Hungarian solver
-    maximises the sum of counts.
+    target class, so that a class that is never predicted gets the lowest source class that is left. The Hungarian
+    solver maximises the sum of counts.
 
     Args:
         counts: Counts :math:`C`, not negative, shape ``(K_s, K_t)``; see :func:`count_predictions`.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin
 from torch import Tensor, nn
 
 from lightning_trust.functional.prompting import (
@@ -19,7 +20,7 @@ Method = Literal["random", "identity", "fixed", "frequency", "iterative", "seman
 _METHODS = ("random", "identity", "fixed", "frequency", "iterative", "semantic")
 
 
-class LabelMapping(nn.Module):
+class LabelMapping(nn.Module, HyperparametersMixin):
     r"""Logits of target classes from those of the source classes that stand for them.
 
     From "Understanding and Improving Visual Prompting: A Label-Mapping Perspective" (CVPR 2023).
@@ -83,6 +84,7 @@ class LabelMapping(nn.Module):
                 f"Expected argument `indices` with method='fixed' and with no other, but got method={method!r} and"
                 f" indices={indices}."
             )
+        self.save_hyperparameters()
         self.num_source = num_source
         self.num_target = num_target
         self.method = method

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin
 from torch import Tensor, nn
 
 Init = Literal["zero", "randn"]
 Corner = Literal["tl", "tr", "bl", "br"]
 
 
-class Prompt(nn.Module):
+class Prompt(nn.Module, HyperparametersMixin):
     """Base of prompts: a learned ``delta`` of the shape of one input, of which a mask is used.
 
     Args:
@@ -56,8 +57,8 @@ class Prompt(nn.Module):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of what is saved."""
-        return sum(value.nbytes for value in self.state_dict().values())
+        """Bytes of what counts of the prompt."""
+        return int(self.mask.sum()) * self.delta.element_size()
 
     def normalized(self, x: Tensor) -> Tensor:
         """The input less ``mean`` over ``std``."""
@@ -128,6 +129,7 @@ class PadPrompt(Prompt):
         mask = torch.ones(1, out_size, out_size)
         mask[:, before : before + image_size, before : before + image_size] = 0.0
         super().__init__((channels, out_size, out_size), mask, init, mean, std)
+        self.save_hyperparameters()
         self.shape = (channels, image_size, image_size)
         self.pad = (before, out_size - image_size - before)
 
@@ -188,6 +190,7 @@ class WatermarkPrompt(_AddedPrompt):
         mask = torch.ones(1, size, size)
         mask[:, pad:-pad, pad:-pad] = 0.0
         super().__init__((channels, size, size), mask, init, mean, std)
+        self.save_hyperparameters()
 
 
 class PatchPrompt(_AddedPrompt):
@@ -235,6 +238,7 @@ class PatchPrompt(_AddedPrompt):
         columns = slice(0, patch) if corner[1] == "l" else slice(size - patch, size)
         mask[:, rows, columns] = 1.0
         super().__init__((channels, size, size), mask, init, mean, std)
+        self.save_hyperparameters()
 
 
 class AdditivePrompt(_AddedPrompt):
@@ -263,3 +267,4 @@ class AdditivePrompt(_AddedPrompt):
         std: Sequence[float] | None = None,
     ) -> None:
         super().__init__(tuple(shape), torch.ones(1), init, mean, std)
+        self.save_hyperparameters()
