@@ -44,7 +44,9 @@ from lightning_trust.nn.prompting import (
     clean_class_name,
     create_backbone,
     create_clip,
+    load_prompt,
     save_clip,
+    save_prompt,
 )
 from lightning_trust.nn.resnet import ThinResNet, resnet18_small, resnet20
 from lightning_trust.nn.small_cnn import SmallCNN
@@ -124,11 +126,13 @@ __all__ = [
     "create_clip",
     "create_network",
     "find_adapter",
+    "load_prompt",
     "moe_resnet18",
     "moe_small_cnn",
     "resnet18_small",
     "resnet20",
     "save_clip",
+    "save_prompt",
     "straight_through_top1",
     "suggest_mu",
     "tensorize",

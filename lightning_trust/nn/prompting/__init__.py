@@ -9,6 +9,7 @@ from lightning_trust.nn.prompting.fairness_adversary import FairnessAdversary
 from lightning_trust.nn.prompting.label_mapping import LabelMapping
 from lightning_trust.nn.prompting.open_clip_models import create_clip, save_clip
 from lightning_trust.nn.prompting.prompts import AdditivePrompt, PadPrompt, PatchPrompt, Prompt, WatermarkPrompt
+from lightning_trust.nn.prompting.saved_prompt import load_prompt, save_prompt
 from lightning_trust.nn.prompting.text_encoder import ClipTextEncoder, TextEncoder, class_texts, clean_class_name
 from lightning_trust.nn.prompting.text_triggers import HardTextTrigger, SoftTextTrigger, TextTrigger
 from lightning_trust.nn.prompting.triggers import BorderTrigger, ConcatTrigger, PatchTrigger
@@ -39,5 +40,7 @@ __all__ = [
     "clean_class_name",
     "create_backbone",
     "create_clip",
+    "load_prompt",
     "save_clip",
+    "save_prompt",
 ]
