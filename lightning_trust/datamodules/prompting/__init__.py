@@ -1,0 +1,29 @@
+"""Prompting: source tasks, and what a source data set is pruned to before a network is pretrained on it."""
+
+from lightning_trust.datamodules.prompting.prune_result import PruneResult
+from lightning_trust.datamodules.prompting.pruned_data import PrunedDataModule, PrunedDataset, remap_labels
+from lightning_trust.datamodules.prompting.rotated_fashion_mnist import RotatedFashionMNIST
+from lightning_trust.datamodules.prompting.source_features import extract_features
+from lightning_trust.datamodules.prompting.source_pruning import (
+    FeatureMappingPruner,
+    GradNormPruner,
+    LabelMappingPruner,
+    ModeratePruner,
+    RandomClassPruner,
+    SourcePruner,
+)
+
+__all__ = [
+    "FeatureMappingPruner",
+    "GradNormPruner",
+    "LabelMappingPruner",
+    "ModeratePruner",
+    "PruneResult",
+    "PrunedDataModule",
+    "PrunedDataset",
+    "RandomClassPruner",
+    "RotatedFashionMNIST",
+    "SourcePruner",
+    "extract_features",
+    "remap_labels",
+]
