@@ -1,19 +1,21 @@
 """Prompting: source tasks, and what a source data set is pruned to before a network is pretrained on it."""
 
+from lightning_trust.datamodules.prompting.captions import CaptionedRows, FashionMNISTCaptions
 from lightning_trust.datamodules.prompting.prune_result import PruneResult
 from lightning_trust.datamodules.prompting.pruned_data import PrunedDataModule, PrunedDataset, remap_labels
 from lightning_trust.datamodules.prompting.rotated_fashion_mnist import RotatedFashionMNIST
+from lightning_trust.datamodules.prompting.row_pruning import GradNormPruner, ModeratePruner
 from lightning_trust.datamodules.prompting.source_features import extract_features
+from lightning_trust.datamodules.prompting.source_pruner import SourcePruner
 from lightning_trust.datamodules.prompting.source_pruning import (
     FeatureMappingPruner,
-    GradNormPruner,
     LabelMappingPruner,
-    ModeratePruner,
     RandomClassPruner,
-    SourcePruner,
 )
 
 __all__ = [
+    "CaptionedRows",
+    "FashionMNISTCaptions",
     "FeatureMappingPruner",
     "GradNormPruner",
     "LabelMappingPruner",
