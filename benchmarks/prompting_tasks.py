@@ -1,4 +1,4 @@
-"""What the prompting experiments share: source networks trained on garments by rotation, the digits, and their rivals."""
+"""What the prompting experiments share: source networks that know garments by rotation, the digits, their rivals."""
 
 from __future__ import annotations
 

@@ -228,7 +228,7 @@ def measured(run: Run, training: Training, seed: int) -> dict[str, Any]:
         "parameters": weights,
         "steps": first + rest,
         "losses": asked[0] if asked else first,
-        "seconds": seconds,
+        "seconds": seconds if first + rest else None,
     }
 
 
@@ -284,7 +284,7 @@ def write(found: list[dict[str, Any]], path: Path) -> Path:
                 row["run"],
                 row["seed"],
                 row["scenario"],
-                {name: float(row[name]) if name in row else None for name in COLUMNS},
+                {name: float(row[name]) if row.get(name) is not None else None for name in COLUMNS},
             )
             for row in found
         ],

@@ -259,6 +259,9 @@ def _figure(values: list[float | None], column: Column, each: bool) -> str:
     mean = sum(known) / len(known)
     if column.unit == "seconds":
         return seconds(mean)
+    if column.unit == "number" and all(value == int(value) for value in known):
+        # a count
+        return f"{mean:,.0f}"
     scale = 100 if column.unit in ("percent", "points") else 1
     places = 1 if scale == 100 else 2
     text = _number(scale * mean, places)
