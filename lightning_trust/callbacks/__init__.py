@@ -25,7 +25,11 @@ from lightning_trust.callbacks.adversarial import (
 from lightning_trust.callbacks.exact_resume import ExactResume
 from lightning_trust.callbacks.language import SaveAdapter
 from lightning_trust.callbacks.load_weights import LoadWeights
-from lightning_trust.callbacks.prompting import IterativeLabelMapping, VisualPrompting
+from lightning_trust.callbacks.prompting import (
+    IterativeLabelMapping,
+    SourcePruning,
+    VisualPrompting,
+)
 from lightning_trust.callbacks.pruning import OneShotPruning
 from lightning_trust.callbacks.unlearning import (
     FineTune,
@@ -74,6 +78,7 @@ __all__ = [
     "SalUn",
     "SaliencyGuidedAdversarialTraining",
     "SaveAdapter",
+    "SourcePruning",
     "StandardAT",
     "UnlearningReport",
     "VisualPrompting",

@@ -1,6 +1,13 @@
 """Prompting: callbacks that learn what goes into a frozen network and what comes out of it."""
 
 from lightning_trust.callbacks.prompting.iterative_label_mapping import IterativeLabelMapping
+from lightning_trust.callbacks.prompting.source_pruning import (
+    SourcePruning,
+)
 from lightning_trust.callbacks.prompting.visual_prompting import VisualPrompting
 
-__all__ = ["IterativeLabelMapping", "VisualPrompting"]
+__all__ = [
+    "IterativeLabelMapping",
+    "SourcePruning",
+    "VisualPrompting",
+]
