@@ -26,7 +26,11 @@ from lightning_trust.callbacks.exact_resume import ExactResume
 from lightning_trust.callbacks.language import SaveAdapter
 from lightning_trust.callbacks.load_weights import LoadWeights
 from lightning_trust.callbacks.prompting import (
+    AdversarialDebiasing,
+    FairnessEvaluation,
+    FairnessReprogramming,
     IterativeLabelMapping,
+    SavePrompt,
     SourcePruning,
     VisualPrompting,
 )
@@ -51,6 +55,7 @@ __all__ = [
     "MART",
     "TRADES",
     "AdvMoE",
+    "AdversarialDebiasing",
     "AdversarialTraining",
     "AverageOf",
     "CleanAndAdversarial",
@@ -58,6 +63,8 @@ __all__ = [
     "DynamicSparseGradient",
     "ExactResume",
     "ExtremeNormTraining",
+    "FairnessEvaluation",
+    "FairnessReprogramming",
     "FastAT",
     "FastBAT",
     "FineTune",
@@ -78,6 +85,7 @@ __all__ = [
     "SalUn",
     "SaliencyGuidedAdversarialTraining",
     "SaveAdapter",
+    "SavePrompt",
     "SourcePruning",
     "StandardAT",
     "UnlearningReport",
