@@ -1,6 +1,8 @@
 """Prompting: source tasks, and what a source data set is pruned to before a network is pretrained on it."""
 
+from lightning_trust.datamodules.prompting.biased_fashion_mnist import BiasedFashionMNIST, GroupedImageRows
 from lightning_trust.datamodules.prompting.captions import CaptionedRows, FashionMNISTCaptions
+from lightning_trust.datamodules.prompting.diabetes import Diabetes
 from lightning_trust.datamodules.prompting.prune_result import PruneResult
 from lightning_trust.datamodules.prompting.pruned_data import PrunedDataModule, PrunedDataset, remap_labels
 from lightning_trust.datamodules.prompting.rotated_fashion_mnist import RotatedFashionMNIST
@@ -14,10 +16,13 @@ from lightning_trust.datamodules.prompting.source_pruning import (
 )
 
 __all__ = [
+    "BiasedFashionMNIST",
     "CaptionedRows",
+    "Diabetes",
     "FashionMNISTCaptions",
     "FeatureMappingPruner",
     "GradNormPruner",
+    "GroupedImageRows",
     "LabelMappingPruner",
     "ModeratePruner",
     "PruneResult",
