@@ -5,7 +5,10 @@ from __future__ import annotations
 from lightning_trust.modules.image_classifier import ImageClassifier
 from lightning_trust.modules.language import CausalLanguageModel
 from lightning_trust.modules.multi_label_classifier import MultiLabelClassifier
-from lightning_trust.modules.prompting import VisualPromptClassifier
+from lightning_trust.modules.prompting import (
+    TransferClassifier,
+    VisualPromptClassifier,
+)
 from lightning_trust.modules.zeroth_order import PINNModule, SKSModule
 
 __all__ = [
@@ -14,5 +17,6 @@ __all__ = [
     "MultiLabelClassifier",
     "PINNModule",
     "SKSModule",
+    "TransferClassifier",
     "VisualPromptClassifier",
 ]

@@ -1,5 +1,11 @@
 """Prompting: complete recipes."""
 
+from lightning_trust.modules.prompting.transfer_classifier import (
+    TransferClassifier,
+)
 from lightning_trust.modules.prompting.visual_prompt_classifier import VisualPromptClassifier
 
-__all__ = ["VisualPromptClassifier"]
+__all__ = [
+    "TransferClassifier",
+    "VisualPromptClassifier",
+]
