@@ -264,6 +264,29 @@ METHODS: tuple[MethodEntry, ...] = (
         ),
     ),
     _entry(
+        "ilm-vp",
+        "Reuse a frozen classifier for another task: learn a frame around its input and what its classes stand for",
+        (
+            Paper(
+                "Understanding and Improving Visual Prompting: A Label-Mapping Perspective",
+                "CVPR 2023, arXiv:2211.11635",
+            ),
+        ),
+        "prompting",
+        (
+            "lightning_trust.callbacks.VisualPrompting",
+            "lightning_trust.callbacks.IterativeLabelMapping",
+            "lightning_trust.callbacks.SavePrompt",
+            "lightning_trust.modules.VisualPromptClassifier",
+            "lightning_trust.nn.LabelMapping",
+            "lightning_trust.nn.PadPrompt",
+            "lightning_trust.nn.WatermarkPrompt",
+            "lightning_trust.nn.PatchPrompt",
+            "lightning_trust.nn.AdditivePrompt",
+            "lightning_trust.datamodules.RotatedFashionMNIST",
+        ),
+    ),
+    _entry(
         "deepzero",
         "Train from scratch without back-propagation, from differences of the loss at a tenth of the weights",
         (

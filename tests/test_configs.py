@@ -38,7 +38,8 @@ PAPER = [path for path in ALL if path.name.endswith(".paper.yaml")]
 OVERLAYS = [path for path in ALL if path.name.endswith(".overlay.yaml")]
 SMALL = [path for path in ALL if path not in {*PAPER, *OVERLAYS, *RECIPES}]
 BASE = CONFIGS / "fashion_mnist.yaml"
-PRETRAINING = CONFIGS / "zeroth_order" / "mezo_pretraining.yaml"
+#: runs that others start from
+PRETRAININGS = (CONFIGS / "zeroth_order" / "mezo_pretraining.yaml", CONFIGS / "prompting" / "garments.yaml")
 METHOD_OF = {ROOT / getattr(entry, part): entry for entry in METHODS for part in ("config", "overlay_config")}
 TINY = {
     "data.init_args.root": str(ROOT / "data"),
@@ -51,7 +52,14 @@ TINY = {
 }
 FLAGS = [f"--{key}={value}" for key, value in TINY.items()]
 #: the modules of runs, which state all their arguments
-MODULES = {"CausalLanguageModel", "ImageClassifier", "MultiLabelClassifier", "PINNModule", "SKSModule"}
+MODULES = {
+    "CausalLanguageModel",
+    "ImageClassifier",
+    "MultiLabelClassifier",
+    "PINNModule",
+    "SKSModule",
+    "VisualPromptClassifier",
+}
 #: what the runs of adversarial robustness have of their own, which the plain run has otherwise
 OWN = {
     # large batches are the point of it
@@ -65,14 +73,26 @@ MADE = {"advmoe": "moe", "robust_mode_connectivity": "curve", "tensor_bp_free": 
 #: what a paper's run would download
 OFFLINE = {
     "saliency_guided_adversarial_training": ("--model.init_args.network_args={pretrained: false}",),
+    "ilm_vp": ("--model.init_args.backbone_args={pretrained: false}",),
     "mezo": (
         "--model.init_args.model=null",
         "--model.init_args.config={model_type: opt, vocab_size: 20, hidden_size: 8, word_embed_proj_dim: 8,"
         " ffn_dim: 8, num_hidden_layers: 1, num_attention_heads: 2, max_position_embeddings: 16}",
     ),
 }
+#: sizes and classes of the user's own run, where an overlay names some
+FITTED = {
+    "ilm_vp": (
+        ("size: 224, pad: 30, channels: 3", "size: 8, pad: 2, channels: 1"),
+        ("num_source: 1000, num_target: 10", "num_source: 3, num_target: 3"),
+    ),
+}
 #: sections of a user's own that an overlay takes the place of, and what of theirs cannot be beside it
-TAKEN = dict.fromkeys(("mezo", "tensor_bp_free"), ("optimizer", "--trainer.gradient_clip_val=null"))
+TAKEN = {
+    **dict.fromkeys(("mezo", "tensor_bp_free"), ("optimizer", "--trainer.gradient_clip_val=null")),
+    # a prompt has an optimizer of its own
+    "ilm_vp": ("optimizer",),
+}
 SECTIONS = ["seed_everything", "model", "data", "data_wrapper", "trainer", "optimizer", "lr_scheduler"]
 ROOMS = (
     lightning_trust.attacks,
@@ -98,9 +118,9 @@ def method_of(path):
     return path.name.partition(".")[0]
 
 
-def gradient_free(path):
-    """Whether a configuration trains without back-propagation, on data and with networks of its own."""
-    return "zeroth_order" in path.parts
+def of_its_own(path):
+    """Whether a configuration has data and a network of its own: trains without back-propagation, or prompts."""
+    return "zeroth_order" in path.parts or "prompting" in path.parts
 
 
 def flags(path):
@@ -148,10 +168,13 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pretrained(tmp_path_factory):
-    """The checkpoint of a language model that has read a few rows."""
-    folder = tmp_path_factory.mktemp("pretrained")
-    main(["fit", f"--config={PRETRAINING}", *flags(PRETRAINING), f"--trainer.default_root_dir={folder}"])
-    return folder / "checkpoints" / "last.ckpt"
+    """Checkpoints of the networks that others start from, trained on a few rows."""
+    found = {}
+    for path in PRETRAININGS:
+        folder = tmp_path_factory.mktemp("pretrained")
+        main(["fit", f"--config={path}", *flags(path), f"--trainer.default_root_dir={folder}"])
+        found[path] = folder / "checkpoints" / "last.ckpt"
+    return found
 
 
 @pytest.fixture
@@ -161,9 +184,10 @@ def place(tmp_path, monkeypatch, trained, pretrained):
     target = Path(read(BASE)["trainer"]["default_root_dir"], "checkpoints", "last.ckpt")
     target.parent.mkdir(parents=True)
     shutil.copy(trained, target)
-    target = Path(read(PRETRAINING)["trainer"]["default_root_dir"], "checkpoints", "last.ckpt")
-    target.parent.mkdir(parents=True)
-    shutil.copy(pretrained, target)
+    for path, checkpoint in pretrained.items():
+        target = Path(read(path)["trainer"]["default_root_dir"], "checkpoints", "last.ckpt")
+        target.parent.mkdir(parents=True)
+        shutil.copy(checkpoint, target)
     state = torch.load(trained, weights_only=True)["state_dict"]
     for run, shift in (("adversarial_training", 0.0), ("adversarial_training_l1", 0.01)):
         end = Path("runs", "adversarial", run, "checkpoints", "last.ckpt")
@@ -184,8 +208,10 @@ def test_small_configuration_runs(path, place, capsys):
     state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     assert state.keys() == cli.model.state_dict().keys()
     if path in METHOD_OF:
-        attached = [type(each).__name__ for each in (*cli.trainer.callbacks, *cli.trainer.optimizers, cli.model)]
-        assert METHOD_OF[path].classes[0].rpartition(".")[2] in attached
+        attached = {type(each).__name__ for each in (*cli.trainer.callbacks, *cli.trainer.optimizers, cli.model)}
+        names = [kind.rpartition(".")[2] for kind in METHOD_OF[path].classes]
+        # a method with a module of its own has a callback for the modules of others
+        assert set(names if of_its_own(path) else names[:1]) & attached
     if "data_wrapper" in read(path) and not robust(path):
         record = RunRecord.read(folder)
         assert record.scenario == "random 10 %"
@@ -201,7 +227,7 @@ def test_a_second_run_replaces_the_checkpoint(path):
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in SMALL if path != BASE and not robust(path) and not gradient_free(path)], ids=name_of
+    "path", [path for path in SMALL if path != BASE and not robust(path) and not of_its_own(path)], ids=name_of
 )
 def test_small_runs_differ_from_the_existing_one_in_what_they_say(path):
     base, content = read(BASE), read(path)
@@ -302,7 +328,7 @@ def test_paper_configuration_is_parsed_and_built(path, tmp_path, monkeypatch):
         ],
     )
     assert not list(tmp_path.iterdir())
-    if "data" in OWN.get(method_of(path), ()) or gradient_free(path):
+    if "data" in OWN.get(method_of(path), ()) or of_its_own(path):
         return
     data = getattr(cli.datamodule, "datamodule", cli.datamodule)
     rows = 49000 if robust(path) else 45000
@@ -431,12 +457,24 @@ def user(tmp_path, monkeypatch):
     sys.modules.pop("foreign_run", None)
 
 
+def fitted(path):
+    """An overlay as a user would have changed it."""
+    text = path.read_text(encoding="utf-8")
+    for before, after in FITTED.get(method_of(path), ()):
+        assert before in text
+        text = text.replace(before, after)
+    target = Path("overlays", path.name)
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(text, encoding="utf-8")
+    return target
+
+
 @pytest.mark.parametrize("path", OVERLAYS, ids=name_of)
 def test_overlay_keeps_all_of_a_users_own(path, user, capsys):
     kind = f"--model.kind={MADE.get(method_of(path), 'plain')}"
     taken, *without = TAKEN.get(method_of(path), ("",))
     alone = main(["fit", "--config=user.yaml", kind, *without])
-    cli = main(["fit", "--config=user.yaml", f"--config={path}", kind, *without])
+    cli = main(["fit", "--config=user.yaml", f"--config={fitted(path)}", kind, *without])
 
     # every value of theirs, whether they wrote it or it is a default, is what it was
     before, after = (each.config.fit.as_dict() for each in (alone, cli))
@@ -470,7 +508,7 @@ def test_overlay_keeps_all_of_a_users_own(path, user, capsys):
         names = [kind.rpartition(".")[2] for kind in METHOD_OF[path].classes]
         # a method with a module of its own has a callback for the modules of others
         optimizers = {type(optimizer).__name__ for optimizer in cli.trainer.optimizers}
-        assert set(names if gradient_free(path) else names[:1]) & {*attached, *optimizers}
+        assert set(names if of_its_own(path) else names[:1]) & {*attached, *optimizers}
     if robust(path):
         assert bool(wrapper) == isinstance(split, RepeatBatches)
         assert any(name.startswith("RobustEvaluation") for name in attached)
@@ -481,7 +519,7 @@ def test_overlay_keeps_all_of_a_users_own(path, user, capsys):
         record = RunRecord.read("runs/theirs")
         assert record.role == ("method" if path in METHOD_OF else "retrain")
         assert record.forget["retain"] == 36
-    elif not gradient_free(path):
+    elif not of_its_own(path):
         zeros = torch.cat(
             [(parameter == 0).flatten() for parameter in (cli.model.head.weight, cli.model.encoder[0].weight)]
         )
@@ -489,7 +527,7 @@ def test_overlay_keeps_all_of_a_users_own(path, user, capsys):
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in OVERLAYS if not robust(path) and not gradient_free(path)], ids=name_of
+    "path", [path for path in OVERLAYS if not robust(path) and not of_its_own(path)], ids=name_of
 )
 def test_overlay_starts_from_the_users_checkpoint(path, user, capsys):
     cli = main(["fit", "--config=user.yaml", f"--config={path}", "--trainer.max_epochs=1", "--model.rate=0.0"])

@@ -229,7 +229,7 @@ class SurroundingCallback(HostCallback):
                 f"{type(self).__name__} has nothing to train: its part has no parameter that requires a gradient."
             )
         if self.optimizer is not None:
-            return scheduled(self.optimizer(trained), self.schedule, host)
+            return scheduled(self.optimizer(self.parameter_groups()), self.schedule, host)
         result = call(*args, **kwargs)
         optimizers = list(_optimizers(result))
         if not optimizers:
@@ -239,6 +239,10 @@ class SurroundingCallback(HostCallback):
             )
         _restrict(optimizers, trained, type(self).__name__)
         return result
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What is trained, as an optimizer takes it."""
+        return [{"params": [parameter for parameter in self.part.parameters() if parameter.requires_grad]}]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Put what is frozen in eval mode: BatchNorm statistics stay as they are, dropout is off."""

@@ -38,6 +38,8 @@ class VisualPrompting(SurroundingCallback):
         schedule: Learning rate of ``optimizer`` over the run: ``"cosine"``, ``"cyclic"``, ``"constant"``, or a schedule
             of core.schedules, a factor at the epochs gone by; the paper divides by ten after 0.5 and 0.72 of the
             epochs: ``Steps([1.0, 0.1, 0.01], [100, 144])`` for 200.
+        mapping_lr: Learning rate of what is trained beside the pattern, such as a scale and the weights of a mapping;
+            that of ``optimizer`` if None.
         name: Tells two callbacks of one class apart.
 
     Raises:
@@ -60,9 +62,15 @@ class VisualPrompting(SurroundingCallback):
         network: str | None = None,
         optimizer: OptimizerCallable | None = lambda params: torch.optim.Adam(params, lr=0.01),
         schedule: LearningRates = "constant",
+        mapping_lr: float | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(VisualPrompt(prompt, mapping), network, optimizer, schedule, name)
+        self.mapping_lr = mapping_lr
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What is trained, as an optimizer takes it."""
+        return self.part.parameter_groups(self.mapping_lr)  # type: ignore[operator]
 
     @property
     def prompt(self) -> nn.Module:

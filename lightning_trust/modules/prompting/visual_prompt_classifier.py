@@ -37,6 +37,8 @@ class VisualPromptClassifier(ImageClassifier):
         backbone_args: Further arguments of a network given by name, e.g. ``{"pretrained": true}``.
         optimizer: Called with what is trained, gives the optimizer; Adam with learning rate 0.01 by default.
         schedule: ``"cosine"``, ``"cyclic"`` or ``"constant"`` learning rate, or a schedule of core.schedules.
+        mapping_lr: Learning rate of what is trained beside the pattern, such as a scale and the weights of a mapping;
+            that of ``optimizer`` if None.
 
     Attributes:
         network: The frozen network with prompt and mapping around it.
@@ -72,6 +74,7 @@ class VisualPromptClassifier(ImageClassifier):
         backbone_args: dict[str, Any] | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=0.01),
         schedule: LearningRates = "cosine",
+        mapping_lr: float | None = None,
     ) -> None:
         if isinstance(backbone, nn.Module) and backbone_args:
             raise MisconfigurationException(
@@ -85,6 +88,7 @@ class VisualPromptClassifier(ImageClassifier):
             optimizer=optimizer,
             schedule=schedule,
         )
+        self.mapping_lr = mapping_lr
 
     @property
     def prompt(self) -> nn.Module:
@@ -98,5 +102,5 @@ class VisualPromptClassifier(ImageClassifier):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """An optimizer of what is trained, and its learning rate per step unless it is constant."""
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        return scheduled(self._make_optimizer(trained), self.schedule, self)
+        groups = self.network.part.parameter_groups(self.mapping_lr)  # type: ignore[union-attr, operator]
+        return scheduled(self._make_optimizer(groups), self.schedule, self)

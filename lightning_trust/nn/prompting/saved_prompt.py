@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,10 @@ def _sha256(network: nn.Module) -> str:
 
 def _built(module: nn.Module) -> dict[str, Any]:
     arguments = {name: list(value) if isinstance(value, tuple) else value for name, value in module.hparams.items()}  # type: ignore[operator, union-attr]
+    for name in inspect.signature(type(module)).parameters:
+        part = getattr(module, name, None)
+        if name not in arguments and isinstance(part, nn.Module):
+            arguments[name] = _built(part)
     return {"class": type(module).__name__, "arguments": arguments}
 
 
@@ -157,4 +162,8 @@ def _rebuilt(built: dict[str, Any]) -> nn.Module:
         raise ValueError(
             f"Expected the prompt's file to name a module of lightning_trust.nn, but got {built['class']!r}."
         )
-    return kind(**built["arguments"])
+    arguments = {
+        name: _rebuilt(value) if isinstance(value, dict) and "class" in value else value
+        for name, value in built["arguments"].items()
+    }
+    return kind(**arguments)

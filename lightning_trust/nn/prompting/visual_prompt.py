@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from lightning_trust.core.wrapping import Surround
+from lightning_trust.nn.prompting.prompts import Prompt
 
 
 class VisualPrompt(Surround):
@@ -33,6 +36,23 @@ class VisualPrompt(Surround):
         super().__init__()
         self.prompt = prompt
         self.mapping = mapping
+
+    def parameter_groups(self, others_lr: float | None = None) -> list[dict[str, Any]]:
+        """What is trained, for an optimizer: patterns at the input, and apart from them scale and mapping.
+
+        Args:
+            others_lr: Learning rate of what is no pattern; that of the optimizer if None.
+
+        """
+        patterns = {id(module.delta) for module in self.modules() if isinstance(module, Prompt)}
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if others_lr is None or not patterns:
+            return [{"params": trained}]
+        groups: list[dict[str, Any]] = [
+            {"params": [parameter for parameter in trained if id(parameter) in patterns]},
+            {"params": [parameter for parameter in trained if id(parameter) not in patterns], "lr": others_lr},
+        ]
+        return [group for group in groups if group["params"]]
 
     def before(self, inputs: Tensor) -> Tensor:
         """Prompted inputs."""
