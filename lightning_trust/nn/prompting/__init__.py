@@ -6,6 +6,8 @@ from lightning_trust.nn.prompting.backbones import Backbone, BackboneSpec, creat
 from lightning_trust.nn.prompting.clip_classifier import ClipClassifier
 from lightning_trust.nn.prompting.clip_templates import CLIP_TEMPLATES_81
 from lightning_trust.nn.prompting.fairness_adversary import FairnessAdversary
+from lightning_trust.nn.prompting.frame_prompt import FramePrompt, LearnableScale
+from lightning_trust.nn.prompting.fully_mapping import FullyMapping
 from lightning_trust.nn.prompting.label_mapping import LabelMapping
 from lightning_trust.nn.prompting.open_clip_models import create_clip, save_clip
 from lightning_trust.nn.prompting.prompts import AdditivePrompt, PadPrompt, PatchPrompt, Prompt, WatermarkPrompt
@@ -25,8 +27,11 @@ __all__ = [
     "ClipTextEncoder",
     "ConcatTrigger",
     "FairnessAdversary",
+    "FramePrompt",
+    "FullyMapping",
     "HardTextTrigger",
     "LabelMapping",
+    "LearnableScale",
     "PadPrompt",
     "PatchPrompt",
     "PatchTrigger",
