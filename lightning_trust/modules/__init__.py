@@ -6,6 +6,7 @@ from lightning_trust.modules.image_classifier import ImageClassifier
 from lightning_trust.modules.language import CausalLanguageModel
 from lightning_trust.modules.multi_label_classifier import MultiLabelClassifier
 from lightning_trust.modules.prompting import (
+    ContrastivePretraining,
     TransferClassifier,
     VisualPromptClassifier,
 )
@@ -13,6 +14,7 @@ from lightning_trust.modules.zeroth_order import PINNModule, SKSModule
 
 __all__ = [
     "CausalLanguageModel",
+    "ContrastivePretraining",
     "ImageClassifier",
     "MultiLabelClassifier",
     "PINNModule",

@@ -152,6 +152,26 @@ def whole_config(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def config_of(network: nn.Module, model: str | None = None, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The configuration of a model that :func:`create_clip` made of the same arguments, for :func:`save_clip`."""
+    import open_clip
+    from open_clip.transformer import QuickGELU  # type: ignore[import-untyped]
+
+    if model is None:
+        found = whole_config(config or {})
+    elif (Path(model.removeprefix("local-dir:")) / CONFIG_FILE).is_file():
+        found = read_config(Path(model.removeprefix("local-dir:")) / CONFIG_FILE)
+    elif model.startswith("hf-hub:"):
+        found = whole_config(open_clip.get_model_config(model))
+    else:
+        name, _ = split_name(model)
+        found = read_config(name) if name.endswith(".json") else whole_config(open_clip.get_model_config(name))
+    if any(isinstance(module, QuickGELU) for module in network.modules()):
+        found["model_cfg"]["quick_gelu"] = True
+    found["preprocess_cfg"] = dict(network.visual.preprocess_cfg)  # type: ignore[union-attr, arg-type]
+    return found
+
+
 def save_clip(folder: str | Path, model: nn.Module, config: Mapping[str, Any]) -> Path:
     """Write a model as open_clip publishes models, so that it loads like one of those.
 
