@@ -12,6 +12,9 @@ from lightning_trust.datamodules.adversarial import (
 from lightning_trust.datamodules.cifar import CIFAR10
 from lightning_trust.datamodules.digits import Digits
 from lightning_trust.datamodules.fashion_mnist import FashionMNIST
+from lightning_trust.datamodules.image_folders import (
+    ImageFolders,
+)
 from lightning_trust.datamodules.image_rows import ImageRows, ImageRowsDataModule, RandomShiftFlip
 from lightning_trust.datamodules.language import (
     ByteTokenizer,
@@ -28,6 +31,7 @@ from lightning_trust.datamodules.prompting import (
     CaptionedRows,
     Diabetes,
     FashionMNISTCaptions,
+    FashionMNISTSubset,
     FeatureMappingPruner,
     GradNormPruner,
     GroupedImageRows,
@@ -73,6 +77,7 @@ __all__ = [
     "ElementDensityDataModule",
     "FashionMNIST",
     "FashionMNISTCaptions",
+    "FashionMNISTSubset",
     "FeatureMappingPruner",
     "ForgetClass",
     "ForgetIndices",
@@ -81,6 +86,7 @@ __all__ = [
     "GradNormPruner",
     "GroupedImageRows",
     "Heat",
+    "ImageFolders",
     "ImageRows",
     "ImageRowsDataModule",
     "LabelMappingPruner",

@@ -3,6 +3,9 @@
 from lightning_trust.datamodules.prompting.biased_fashion_mnist import BiasedFashionMNIST, GroupedImageRows
 from lightning_trust.datamodules.prompting.captions import CaptionedRows, FashionMNISTCaptions
 from lightning_trust.datamodules.prompting.diabetes import Diabetes
+from lightning_trust.datamodules.prompting.fashion_mnist_subset import (
+    FashionMNISTSubset,
+)
 from lightning_trust.datamodules.prompting.prune_result import PruneResult
 from lightning_trust.datamodules.prompting.pruned_data import PrunedDataModule, PrunedDataset, remap_labels
 from lightning_trust.datamodules.prompting.rotated_fashion_mnist import RotatedFashionMNIST
@@ -20,6 +23,7 @@ __all__ = [
     "CaptionedRows",
     "Diabetes",
     "FashionMNISTCaptions",
+    "FashionMNISTSubset",
     "FeatureMappingPruner",
     "GradNormPruner",
     "GroupedImageRows",
