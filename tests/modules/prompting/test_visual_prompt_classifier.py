@@ -7,7 +7,7 @@ from lightning_trust.core.wrapping import checksum
 from lightning_trust.datamodules import Digits
 from lightning_trust.modules import ImageClassifier, VisualPromptClassifier
 from lightning_trust.nn import LabelMapping, PadPrompt, SmallCNN, load_prompt
-from tests.callbacks.prompting.test_visual_prompting import trainer
+from tests.callbacks.prompting.test_ilm_vp import trainer
 
 
 def classifier(method="iterative", **kwargs):
