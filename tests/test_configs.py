@@ -39,7 +39,12 @@ OVERLAYS = [path for path in ALL if path.name.endswith(".overlay.yaml")]
 SMALL = [path for path in ALL if path not in {*PAPER, *OVERLAYS, *RECIPES}]
 BASE = CONFIGS / "fashion_mnist.yaml"
 #: runs that others start from
-PRETRAININGS = (CONFIGS / "zeroth_order" / "mezo_pretraining.yaml", CONFIGS / "prompting" / "garments.yaml")
+PRETRAININGS = (
+    CONFIGS / "zeroth_order" / "mezo_pretraining.yaml",
+    CONFIGS / "prompting" / "garments.yaml",
+    CONFIGS / "prompting" / "dp4tl_surrogate.yaml",
+    CONFIGS / "prompting" / "dp4tl.yaml",
+)
 METHOD_OF = {ROOT / getattr(entry, part): entry for entry in METHODS for part in ("config", "overlay_config")}
 TINY = {
     "data.init_args.root": str(ROOT / "data"),
@@ -58,6 +63,7 @@ MODULES = {
     "MultiLabelClassifier",
     "PINNModule",
     "SKSModule",
+    "TransferClassifier",
     "VisualPromptClassifier",
 }
 #: what the runs of adversarial robustness have of their own, which the plain run has otherwise
@@ -82,6 +88,11 @@ OFFLINE = {
 }
 #: sizes and classes of the user's own run, where an overlay names some
 FITTED = {
+    "dp4tl": (
+        ("network: resnet18, num_classes: 1000, in_channels: 3", "network: SmallCNN, num_classes: 3, in_channels: 1"),
+        ("checkpoint: runs/surrogate/last.ckpt", "checkpoint: null"),
+        ("my_project.MyTarget", "foreign_run.Data"),
+    ),
     "ilm_vp": (
         ("size: 224, pad: 30, channels: 3", "size: 8, pad: 2, channels: 1"),
         ("num_source: 1000, num_target: 10", "num_source: 3, num_target: 3"),
@@ -170,10 +181,13 @@ def trained(tmp_path_factory):
 def pretrained(tmp_path_factory):
     """Checkpoints of the networks that others start from, trained on a few rows."""
     found = {}
-    for path in PRETRAININGS:
-        folder = tmp_path_factory.mktemp("pretrained")
-        main(["fit", f"--config={path}", *flags(path), f"--trainer.default_root_dir={folder}"])
-        found[path] = folder / "checkpoints" / "last.ckpt"
+    folder = tmp_path_factory.mktemp("pretrained")
+    # one starts from another
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for path in PRETRAININGS:
+            main(["fit", f"--config={path}", *flags(path)])
+            found[path] = folder / read(path)["trainer"]["default_root_dir"] / "checkpoints" / "last.ckpt"
     return found
 
 
