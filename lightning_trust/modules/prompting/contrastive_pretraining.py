@@ -19,7 +19,13 @@ from torchmetrics import MeanMetric
 from lightning_trust.core.learning_rates import LearningRates, check_schedule, scheduled
 from lightning_trust.core.space import InputSpace
 from lightning_trust.nn.prompting.clip_templates import DEFAULT_TEMPLATE
-from lightning_trust.nn.prompting.open_clip_models import config_of, create_clip, preprocessing, save_clip
+from lightning_trust.nn.prompting.open_clip_models import (
+    config_of,
+    create_clip,
+    load_open_clip,
+    preprocessing,
+    save_clip,
+)
 from lightning_trust.nn.prompting.text_encoder import class_texts, tokenized
 
 #: Images, labels, and the captions that training, but not zero-shot classification, needs.
@@ -214,12 +220,10 @@ class ContrastivePretraining(pl.LightningModule):
         return scheduled(self._make_optimizer(groups), self.schedule, self)
 
     def _contrast(self, batch: Batch, gather: bool) -> Tensor:
-        from open_clip import ClipLoss  # type: ignore[import-untyped]
-
         ranks = {"rank": self.global_rank, "world_size": self.trainer.world_size} if gather else {}
         # each rank has its rows of the logits, and gradients come back from the others: DDP's mean of both is then
         # the gradient of the whole batch, which it is not without `gather_with_grad`
-        loss = ClipLoss(local_loss=True, gather_with_grad=True, **ranks)
+        loss = load_open_clip().ClipLoss(local_loss=True, gather_with_grad=True, **ranks)
         images, texts = self(batch[0], batch[2])
         bias = getattr(self.network, "logit_bias", None)
         return loss(images, texts, self.network.logit_scale.exp(), bias)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +19,19 @@ Tokenizer = Callable[[list[str]], Tensor]
 #: The names that open_clip gives the two files of a published folder.
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
 _SCHEMAS = ("local-dir:", "hf-hub:")
+
+
+def load_open_clip() -> Any:
+    """The package open_clip, imported when it is first needed."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    import open_clip  # type: ignore[import-untyped]
+
+    # it sets this for all of the process; a user's environment is not ours to change
+    if before is None:
+        os.environ.pop("TOKENIZERS_PARALLELISM", None)
+    else:
+        os.environ["TOKENIZERS_PARALLELISM"] = before
+    return open_clip
 
 
 def create_clip(
@@ -72,7 +86,7 @@ def create_clip(
         )
     if model is None:
         return _configured(config or {}, None, image_size)
-    import open_clip  # type: ignore[import-untyped]
+    open_clip = load_open_clip()
 
     if model.startswith("hf-hub:"):
         return _made(model, image_size)
@@ -105,7 +119,7 @@ def split_name(model: str) -> tuple[str, str | None]:
         (('ViT-B-32', 'openai'), ('ViT-B-32', '/runs/clip.pt'))
 
     """
-    import open_clip
+    open_clip = load_open_clip()
 
     known = open_clip.list_models()
     parts = model.split("/")
@@ -154,8 +168,7 @@ def whole_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def config_of(network: nn.Module, model: str | None = None, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The configuration of a model that :func:`create_clip` made of the same arguments, for :func:`save_clip`."""
-    import open_clip
-    from open_clip.transformer import QuickGELU  # type: ignore[import-untyped]
+    open_clip = load_open_clip()
 
     if model is None:
         found = whole_config(config or {})
@@ -166,7 +179,7 @@ def config_of(network: nn.Module, model: str | None = None, config: Mapping[str,
     else:
         name, _ = split_name(model)
         found = read_config(name) if name.endswith(".json") else whole_config(open_clip.get_model_config(name))
-    if any(isinstance(module, QuickGELU) for module in network.modules()):
+    if any(isinstance(module, open_clip.transformer.QuickGELU) for module in network.modules()):
         found["model_cfg"]["quick_gelu"] = True
     found["preprocess_cfg"] = dict(network.visual.preprocess_cfg)  # type: ignore[union-attr, arg-type]
     return found
@@ -178,7 +191,8 @@ def save_clip(folder: str | Path, model: nn.Module, config: Mapping[str, Any]) -
     The folder gets ``open_clip_config.json`` and ``open_clip_model.safetensors``, each written aside and renamed. Of
     the ways to load it: ``create_clip(folder)``; ``open_clip.create_model("local-dir:" + folder)``; and
     ``open_clip.create_model(name, pretrained=folder + "/open_clip_model.safetensors")``, after
-    ``open_clip.add_model_config(folder + "/" + name + ".json")``, where ``name`` is the folder's.
+    ``open_clip.add_model_config(folder + "/" + name + ".json")``, where ``name`` is the folder's; the last way has
+    open_clip's own mean and standard deviation of images and not those of the configuration.
 
     Args:
         folder: The folder; made if it is missing.
@@ -209,7 +223,7 @@ def preprocessing(model: nn.Module) -> tuple[tuple[int, int], tuple[float, ...],
 
 
 def _configured(config: Mapping[str, Any], weights: str | None, image_size: int | None) -> tuple[nn.Module, Tokenizer]:
-    import open_clip
+    open_clip = load_open_clip()
 
     # the way of a published folder, so that open_clip alone decides what a configuration means
     with TemporaryDirectory() as folder:
@@ -221,7 +235,7 @@ def _configured(config: Mapping[str, Any], weights: str | None, image_size: int 
 
 
 def _made(name: str, image_size: int | None, **arguments: Any) -> tuple[nn.Module, Tokenizer]:
-    import open_clip
+    open_clip = load_open_clip()
 
     # a text tower of Hugging Face would bring its own weights otherwise
     model = open_clip.create_model(name, force_image_size=image_size, pretrained_text=False, **arguments)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_trust.core.modes import eval_mode
-from lightning_trust.nn.prompting.open_clip_models import Tokenizer, create_clip
+from lightning_trust.nn.prompting.open_clip_models import Tokenizer, create_clip, load_open_clip
 
 
 @runtime_checkable
@@ -136,10 +136,8 @@ def tokenized(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
         ValueError: If a text is longer than the context of the tokenizer.
 
     """
-    from open_clip import SimpleTokenizer  # type: ignore[import-untyped]
-
     texts = list(texts)
-    if not isinstance(tokenizer, SimpleTokenizer):
+    if not isinstance(tokenizer, load_open_clip().SimpleTokenizer):
         return tokenizer(texts)
     # it cuts without a word what does not fit; one place more shows that
     length = tokenizer.context_length

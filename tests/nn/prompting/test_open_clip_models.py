@@ -10,7 +10,7 @@ import torch
 from open_clip import factory
 
 from lightning_trust.nn import create_clip, save_clip
-from lightning_trust.nn.prompting.open_clip_models import preprocessing, split_name
+from lightning_trust.nn.prompting.open_clip_models import load_open_clip, preprocessing, split_name
 from tests.two_ranks import assert_equal_states
 
 MODEL = {
@@ -138,3 +138,18 @@ def test_bad_configurations_are_refused(tmp_path):
     (tmp_path / "model.json").write_text("{")
     with pytest.raises(ValueError, match=r"model.json to be a configuration of open_clip, but it is damaged"):
         create_clip(str(tmp_path / "model.json"))
+
+
+def test_the_environment_stays_the_users(monkeypatch):
+    import os
+    import sys
+
+    for value in (None, "true"):
+        for name in [name for name in sys.modules if name.split(".")[0] == "open_clip"]:
+            monkeypatch.delitem(sys.modules, name)
+        if value is None:
+            monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+        else:
+            monkeypatch.setenv("TOKENIZERS_PARALLELISM", value)
+        assert load_open_clip().__name__ == "open_clip"
+        assert os.environ.get("TOKENIZERS_PARALLELISM") == value
