@@ -29,6 +29,7 @@ from lightning_trust.datamodules.language import (
 from lightning_trust.datamodules.prompting import (
     BiasedFashionMNIST,
     CaptionedRows,
+    CelebA,
     Diabetes,
     FashionMNISTCaptions,
     FashionMNISTSubset,
@@ -69,6 +70,7 @@ __all__ = [
     "ByteTokenizer",
     "CXRDataModule",
     "CaptionedRows",
+    "CelebA",
     "CodeCorpus",
     "CodeOrProse",
     "CollocationPoints",

@@ -2,6 +2,7 @@
 
 from lightning_trust.datamodules.prompting.biased_fashion_mnist import BiasedFashionMNIST, GroupedImageRows
 from lightning_trust.datamodules.prompting.captions import CaptionedRows, FashionMNISTCaptions
+from lightning_trust.datamodules.prompting.celeba import CelebA
 from lightning_trust.datamodules.prompting.diabetes import Diabetes
 from lightning_trust.datamodules.prompting.fashion_mnist_subset import (
     FashionMNISTSubset,
@@ -21,6 +22,7 @@ from lightning_trust.datamodules.prompting.source_pruning import (
 __all__ = [
     "BiasedFashionMNIST",
     "CaptionedRows",
+    "CelebA",
     "Diabetes",
     "FashionMNISTCaptions",
     "FashionMNISTSubset",
