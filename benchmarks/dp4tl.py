@@ -224,8 +224,8 @@ def result(found: Sequence[dict[str, Any]]) -> TableResult:
         "selection": Column("Choice, seconds", "seconds"),
     }
     whole = {row["seed"]: row["seconds"] for row in found if row["run"] == "whole source"}
-    order = {pair: place for place, pair in enumerate((run, ratio) for run in RUNS for ratio in RUNS[run])}
-    rows = sorted(found, key=lambda row: (order[row["run"], row["ratio"]], row["seed"]))
+    # what is not pretrained, all, and then by what is kept
+    rows = sorted(found, key=lambda row: (row["ratio"] > 0.0, -row["ratio"], list(RUNS).index(row["run"]), row["seed"]))
     return TableResult(
         method="dp4tl",
         config="configs/prompting/dp4tl.yaml",
@@ -239,9 +239,9 @@ def result(found: Sequence[dict[str, Any]]) -> TableResult:
         columns=columns,
         rows=[
             TableRow(
-                row["run"],
+                row["run"] if row["ratio"] in (0.0, 1.0) else f"{100 * row['ratio']:.0f} %: {row['run']}",
                 row["seed"],
-                "" if row["ratio"] in (0.0, 1.0) else f"keep {row['ratio']:.0%}".replace("%", " %"),
+                "upright upper-body garments",
                 {
                     **{name: row.get(name) for name in columns},
                     "time": row["seconds"] / whole[row["seed"]] if row["ratio"] and row["seed"] in whole else None,

@@ -36,10 +36,11 @@ def test_what_is_kept_is_what_the_run_says(found):
 def test_result(found):
     result = dp4tl.result(found)
     assert len(result.rows) == 16
-    values = {(row.run, row.scenario): row.values for row in result.rows}
-    assert values["whole source", ""]["time"] == 1.0
-    assert values["no pretraining", ""]["time"] is None
-    assert values["label mapping", "keep 40 %"]["overlap"] is None
+    values = {row.run: row.values for row in result.rows}
+    assert list(values)[:3] == ["no pretraining", "whole source", "60 %: label mapping"]
+    assert values["whole source"]["time"] == 1.0
+    assert values["no pretraining"]["time"] is None
+    assert values["40 %: label mapping"]["overlap"] is None
 
 
 def test_overlap_is_the_jaccard_index_with_other_seeds():

@@ -52,7 +52,7 @@ class Surrogate(nn.Module):
         return self.scale * x[:, :3]
 
 
-HERE = "tests.callbacks.prompting.test_source_pruning"
+HERE = "tests.callbacks.prompting.test_dp4tl"
 
 
 class TestSourcePruning(CallbackConformance):
