@@ -42,6 +42,7 @@ BASE = CONFIGS / "fashion_mnist.yaml"
 PRETRAININGS = (
     CONFIGS / "zeroth_order" / "mezo_pretraining.yaml",
     CONFIGS / "prompting" / "garments.yaml",
+    CONFIGS / "prompting" / "biased_garments.yaml",
     CONFIGS / "prompting" / "dp4tl_surrogate.yaml",
     CONFIGS / "prompting" / "dp4tl.yaml",
 )
@@ -59,6 +60,7 @@ FLAGS = [f"--{key}={value}" for key, value in TINY.items()]
 #: the modules of runs, which state all their arguments
 MODULES = {
     "CausalLanguageModel",
+    "ContrastivePretraining",
     "ImageClassifier",
     "MultiLabelClassifier",
     "PINNModule",
@@ -93,6 +95,10 @@ FITTED = {
         ("checkpoint: runs/surrogate/last.ckpt", "checkpoint: null"),
         ("my_project.MyTarget", "foreign_run.Data"),
     ),
+    "fairness_reprogram": (
+        ("image_size: 224, border: 20, channels: 3", "image_size: 8, border: 1, channels: 1"),
+        ("num_classes: 2", "num_classes: 3"),
+    ),
     "ilm_vp": (
         ("size: 224, pad: 30, channels: 3", "size: 8, pad: 2, channels: 1"),
         ("num_source: 1000, num_target: 10", "num_source: 3, num_target: 3"),
@@ -103,7 +109,10 @@ TAKEN = {
     **dict.fromkeys(("mezo", "tensor_bp_free"), ("optimizer", "--trainer.gradient_clip_val=null")),
     # a prompt has an optimizer of its own
     "ilm_vp": ("optimizer",),
+    "fairness_reprogram": ("optimizer",),
 }
+#: what the data of a user's own run have to tell
+TOLD = {"fairness_reprogram": ("--data.groups=true",)}
 SECTIONS = ["seed_everything", "model", "data", "data_wrapper", "trainer", "optimizer", "lr_scheduler"]
 ROOMS = (
     lightning_trust.attacks,
@@ -408,7 +417,7 @@ class Model(pl.LightningModule):
         return self.net(x) if hasattr(self, "net") else self.head(self.encoder(x))
 
     def training_step(self, batch, batch_idx):
-        inputs, targets = batch
+        inputs, targets = batch[:2]
         loss = torch.nn.functional.cross_entropy(self(inputs), targets)
         self.log("mine", loss)
         return loss
@@ -418,13 +427,14 @@ class Model(pl.LightningModule):
 
 
 class Data(pl.LightningDataModule):
-    def __init__(self, rows: int = 30, batch: int = 7):
+    def __init__(self, rows: int = 30, batch: int = 7, groups: bool = False):
         super().__init__()
-        self.rows, self.batch = rows, batch
+        self.rows, self.batch, self.groups = rows, batch, groups
 
     def _loader(self, rows, shuffle=False):
         generator = torch.Generator().manual_seed(0)
-        data = TensorDataset(torch.rand(rows, 1, 8, 8, generator=generator), torch.arange(rows) % 3)
+        groups = [torch.arange(rows) % 2] if self.groups else []
+        data = TensorDataset(torch.rand(rows, 1, 8, 8, generator=generator), torch.arange(rows) % 3, *groups)
         return DataLoader(data, batch_size=self.batch, shuffle=shuffle)
 
     def train_dataloader(self):
@@ -485,10 +495,10 @@ def fitted(path):
 
 @pytest.mark.parametrize("path", OVERLAYS, ids=name_of)
 def test_overlay_keeps_all_of_a_users_own(path, user, capsys):
-    kind = f"--model.kind={MADE.get(method_of(path), 'plain')}"
+    kind = (f"--model.kind={MADE.get(method_of(path), 'plain')}", *TOLD.get(method_of(path), ()))
     taken, *without = TAKEN.get(method_of(path), ("",))
-    alone = main(["fit", "--config=user.yaml", kind, *without])
-    cli = main(["fit", "--config=user.yaml", f"--config={fitted(path)}", kind, *without])
+    alone = main(["fit", "--config=user.yaml", *kind, *without])
+    cli = main(["fit", "--config=user.yaml", f"--config={fitted(path)}", *kind, *without])
 
     # every value of theirs, whether they wrote it or it is a default, is what it was
     before, after = (each.config.fit.as_dict() for each in (alone, cli))
