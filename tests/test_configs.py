@@ -550,9 +550,7 @@ def test_overlay_keeps_all_of_a_users_own(path, user, capsys):
         assert zeros.float().mean().item() == pytest.approx(0.8, abs=0.01)
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in OVERLAYS if not robust(path) and not of_its_own(path)], ids=name_of
-)
+@pytest.mark.parametrize("path", [path for path in OVERLAYS if not robust(path) and not of_its_own(path)], ids=name_of)
 def test_overlay_starts_from_the_users_checkpoint(path, user, capsys):
     cli = main(["fit", "--config=user.yaml", f"--config={path}", "--trainer.max_epochs=1", "--model.rate=0.0"])
     weight = cli.model.head.weight
