@@ -69,7 +69,9 @@ def prompted(network: torch.nn.Module, method: str, trained: bool, seed: int, bu
     if not trained:
         found["bytes"] = 0.0
     if mapping.is_counted:
-        found |= {"precision": watch.precision, "first": watch.changed[min(1, epochs - 1)], "last": watch.changed[-1]}
+        found["precision"] = watch.precision
+    if method == "iterative":
+        found |= {"first": watch.changed[min(1, epochs - 1)], "last": watch.changed[-1]}
     return found
 
 

@@ -287,6 +287,48 @@ METHODS: tuple[MethodEntry, ...] = (
         ),
     ),
     _entry(
+        "fairness-reprogram",
+        "Make a frozen classifier fairer: learn a trigger at its input against an adversary that reads the group",
+        (Paper("Fairness Reprogramming", "NeurIPS 2022, arXiv:2209.10222"),),
+        "prompting",
+        (
+            "lightning_trust.callbacks.FairnessReprogramming",
+            "lightning_trust.callbacks.AdversarialDebiasing",
+            "lightning_trust.callbacks.FairnessEvaluation",
+            "lightning_trust.nn.BorderTrigger",
+            "lightning_trust.nn.PatchTrigger",
+            "lightning_trust.nn.ConcatTrigger",
+            "lightning_trust.nn.SoftTextTrigger",
+            "lightning_trust.nn.HardTextTrigger",
+            "lightning_trust.nn.FairnessAdversary",
+            "lightning_trust.metrics.DemographicParityGap",
+            "lightning_trust.metrics.EqualizedOddsGap",
+            "lightning_trust.metrics.WorstGroupAccuracy",
+        ),
+    ),
+    _entry(
+        "dp4tl",
+        "Keep the source classes that a target has use for, and pretrain on them alone",
+        (
+            Paper(
+                "Selectivity Drives Productivity: Efficient Dataset Pruning for Enhanced Transfer Learning",
+                "NeurIPS 2023",
+            ),
+        ),
+        "prompting",
+        (
+            "lightning_trust.callbacks.SourcePruning",
+            "lightning_trust.datamodules.LabelMappingPruner",
+            "lightning_trust.datamodules.FeatureMappingPruner",
+            "lightning_trust.datamodules.RandomClassPruner",
+            "lightning_trust.datamodules.ModeratePruner",
+            "lightning_trust.datamodules.GradNormPruner",
+            "lightning_trust.datamodules.PrunedDataModule",
+            "lightning_trust.datamodules.PrunedDataset",
+            "lightning_trust.modules.TransferClassifier",
+        ),
+    ),
+    _entry(
         "deepzero",
         "Train from scratch without back-propagation, from differences of the loss at a tenth of the weights",
         (
