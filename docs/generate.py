@@ -4,7 +4,7 @@
 
 A generated part stands between ``<!-- generated: WHAT -->`` and ``<!-- end -->``, where WHAT is one of: ``methods``;
 ``demo``; ``results``; ``robustness``; ``result METHOD``; ``curves METHOD``; ``overhead``; ``attacks``;
-``zeroth-order``; ``arguments CLASS``; ``papers METHOD``; ``file PATH``.
+``zeroth-order``; ``prompting``; ``arguments CLASS``; ``papers METHOD``; ``file PATH``.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ def _part(what: str, page: Path) -> str:
         "curves": lambda: _curves(method(argument), page),
         "overhead": lambda: _overhead(RESULTS / "overhead.json"),
         "attacks": lambda: _attacks(RESULTS / "attacks.json"),
-        "zeroth-order": lambda: _zeroth_order(RESULTS / "zeroth_order.json"),
+        "zeroth-order": lambda: _costs(RESULTS / "zeroth_order.json", "lightning_trust.zeroth_order"),
+        "prompting": lambda: _costs(RESULTS / "prompting.json", "lightning_trust.prompting"),
         "arguments": lambda: _arguments(argument),
         "papers": lambda: "\n".join(f"- *{paper.title}.* {paper.venue}." for paper in method(argument).papers),
         "file": lambda: f"```yaml\n{(ROOT / argument).read_text(encoding='utf-8').rstrip()}\n```",
@@ -313,11 +314,11 @@ def _attacks(path: Path) -> str:
     return f"{_bars(found, list(map(_bar, found['rows'])))}\n\n{_table(head, lines, len(head) - 1)}\n\n{words}"
 
 
-def _zeroth_order(path: Path) -> str:
-    """What passes, coordinates and ranks cost beside what they are made of."""
+def _costs(path: Path, kind: str) -> str:
+    """What the parts of a family's methods cost beside what they are made of."""
     if not path.is_file():
         return NOT_YET
-    found = read_json(path, "lightning_trust.zeroth_order", 1)
+    found = read_json(path, kind, 1)
     return _bars(found, list(map(_bar, found["rows"])), "Bar")
 
 
