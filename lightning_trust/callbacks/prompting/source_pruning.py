@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_trust.core.batch import BatchSpec
 from lightning_trust.core.host import overrides
@@ -156,7 +157,8 @@ class SourcePruning(HostCallback):
         result = self._choose(trainer, lambda: loaders) if training else self._chosen(trainer)
         if isinstance(loaders, list | tuple) and not training:
             return [self._pruned(trainer, loader, training) for loader in loaders]
-        return pruned_loader(loaders, result, self.remap_labels, self.batch_spec, training, type(self).__name__)
+        owner = type(self).__name__
+        return pruned_loader(loaders, result, self.remap_labels, self.batch_spec, training, owner, known=True)
 
     def _chosen(self, trainer: Any) -> PruneResult:
         if self.result is None:
@@ -215,7 +217,13 @@ class SourcePruning(HostCallback):
             self.target.prepare_data()
         trainer.strategy.barrier("target of SourcePruning")
         self.target.setup("fit")
-        return self.target.train_dataloader()
+        loader = self.target.train_dataloader()
+        if not isinstance(loader, DataLoader):
+            raise MisconfigurationException(
+                "SourcePruning looks at one DataLoader of the target, but"
+                f" `{type(self.target).__name__}.train_dataloader` gave {type(loader).__name__}."
+            )
+        return loader
 
     # -- state ---------------------------------------------------------------------------------------------------------
     def begin(self, trainer: Any, host: Any) -> None:

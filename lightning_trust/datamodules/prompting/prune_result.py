@@ -161,13 +161,21 @@ class PruneResult:
             raise ValueError(f"Expected {path} to hold a whole result of a pruner, but it lacks {error}.") from error
 
 
-def dataset_hash(dataset: Any, batch_spec: BatchSpec) -> str:
+def dataset_hash(dataset: Any, batch_spec: BatchSpec, labels: Tensor | None = None) -> str:
     """Names a data set: equal for equal numbers of rows with equal labels in equal order.
 
     What is in the rows is not read, for augmentation changes it. Without labels the number of rows is all there is.
+
+    Args:
+        dataset: The data set.
+        batch_spec: Where the label sits in a sample.
+        labels: Its labels, where they are known.
+
     """
-    labels = labels_of(dataset, batch_spec)
-    content = f"{len(dataset)}:".encode() + (b"" if labels is None else labels.cpu().contiguous().numpy().tobytes())
+    labels = labels_of(dataset, batch_spec) if labels is None else labels
+    content = f"{len(dataset)}:".encode()
+    if labels is not None:
+        content += labels.cpu().to(torch.float64 if labels.is_floating_point() else torch.int64).numpy().tobytes()
     return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 

@@ -129,7 +129,13 @@ class PrunedDataset(Dataset[Any]):
 
 
 def pruned_loader(
-    loader: Any, result: PruneResult, remap: bool, batch_spec: BatchSpec, training: bool, owner: str
+    loader: Any,
+    result: PruneResult,
+    remap: bool,
+    batch_spec: BatchSpec,
+    training: bool,
+    owner: str,
+    known: bool = False,
 ) -> DataLoader[Any]:
     """A loader like a user's, over the kept rows of the source, or over the rows of kept classes of other data.
 
@@ -140,6 +146,7 @@ def pruned_loader(
         batch_spec: Where labels sit.
         training: Whether this is the source from which rows were chosen, rather than validation data.
         owner: Name of the class that asks, for errors.
+        known: Whether training data are known to be the source; then only their number is looked at.
 
     Raises:
         MisconfigurationException: If the loader is none, has an order of its own, is over an IterableDataset or another
@@ -148,7 +155,8 @@ def pruned_loader(
     """
     dataset = plain_dataset(loader, owner)
     if training:
-        result.check_source(dataset, batch_spec)
+        if not known or len(dataset) != result.source_rows:
+            result.check_source(dataset, batch_spec)
         rows = result.kept_indices
     elif result.unit == "cluster":
         # new rows belong to no cluster

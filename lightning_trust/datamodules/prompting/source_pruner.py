@@ -6,6 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -110,8 +111,7 @@ class SourcePruner(ABC):
                 modes.enter_context(eval_mode(network))
             result = self._select(surrogates, source, target)
         # one choice for all; rounding may differ between machines
-        result = from_first_rank(result)
-        object.__setattr__(result, "seconds", time.perf_counter() - start)
+        result = replace(from_first_rank(result), seconds=time.perf_counter() - start)
         rank_zero_info(f"{result}, in {result.seconds:.2f} s")
         # where all are kept, or the last ones, none was chosen by mistake
         if result.zero_scores_kept and self.keep_ratio < 1.0 and not getattr(self, "reverse", False):
@@ -148,7 +148,9 @@ class SourcePruner(ABC):
             )
         return target if isinstance(target, DataLoader) else DataLoader(target, batch_size=self.batch_size)
 
-    def _result(self, source: Data, unit: Unit, scores: Tensor, kept_classes: Tensor, kept_rows: Tensor) -> PruneResult:
+    def _result(
+        self, source: Data, unit: Unit, scores: Tensor, kept_classes: Tensor, kept_rows: Tensor, groups: Tensor
+    ) -> PruneResult:
         dataset: Any = dataset_of(source)
         return PruneResult(
             pruner=type(self).__name__,
@@ -157,7 +159,8 @@ class SourcePruner(ABC):
             kept_classes=kept_classes.cpu().sort().values,
             kept_indices=kept_rows.cpu().sort().values,
             source_rows=len(dataset),
-            source_hash=dataset_hash(dataset, self.batch_spec),
+            # clusters are no labels
+            source_hash=dataset_hash(dataset, self.batch_spec, None if unit == "cluster" else groups),
         )
 
     def _count(self, whole: int, what: str) -> int:
@@ -177,12 +180,12 @@ class SourcePruner(ABC):
         kept = order[-count:] if reverse else order[:count]
         keep = torch.zeros(len(order), dtype=torch.bool)
         keep[kept] = True
-        return self._result(source, unit, scores, kept, keep[groups.cpu()].nonzero().flatten())
+        return self._result(source, unit, scores, kept, keep[groups.cpu()].nonzero().flatten(), groups)
 
     def _keep_rows(self, source: Data, labels: Tensor, rows: Tensor) -> PruneResult:
         """Keep rows; the scores of classes are how many rows they keep."""
         scores = torch.bincount(labels[rows], minlength=int(labels.max()) + 1)
-        return self._result(source, "row", scores, scores.nonzero().flatten(), rows)
+        return self._result(source, "row", scores, scores.nonzero().flatten(), rows, labels)
 
 
 def check_target(evidence: Tensor) -> None:

@@ -80,7 +80,7 @@ class LabelMappingPruner(SourcePruner):
 
     def _select(self, surrogates: list[nn.Module], source: Data, target: Data | None) -> PruneResult:
         surrogate, labels = self._one(surrogates), self._labels(source)
-        batches = [inputs_of(batch, self.batch_spec) for batch in self._target_batches(target)]
+        batches = (inputs_of(batch, self.batch_spec) for batch in self._target_batches(target))
         width = self.num_source or self._width(surrogate, source)
         if len(labels) and int(labels.max()) >= width:
             raise ValueError(
@@ -95,7 +95,8 @@ class LabelMappingPruner(SourcePruner):
     @torch.no_grad()
     def _width(self, surrogate: nn.Module, source: Data) -> int:
         # of a row of the source, which every rank has
-        loader = DataLoader(dataset_of(source), batch_size=1)
+        collate = source.collate_fn if isinstance(source, DataLoader) else None
+        loader = DataLoader(dataset_of(source), batch_size=1, collate_fn=collate)
         row = inputs_of(next(iter(loader)), self.batch_spec).to(device_of(surrogate))
         return int(surrogate(row).shape[-1])
 

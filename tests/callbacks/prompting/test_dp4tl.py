@@ -308,6 +308,12 @@ def test_data_that_cannot_be_pruned_are_refused_before_training(tmp_path):
         fit(Host(), RepeatBatches(Data(), 2), pruning())
     with pytest.raises(MisconfigurationException, match=r"overfit_batches=2\) would take others"):
         fit(Host(), Data(), pruning(), overfit_batches=2)
+    several = Target()
+    several.train_dataloader = lambda: [DataLoader(rows())]
+    with pytest.raises(
+        MisconfigurationException, match=r"one DataLoader of the target, .*Target.train_dataloader` gave"
+    ):
+        fit(Host(), Data(), SourcePruning(LabelMappingPruner(3), Surrogate(), target=several))
     path = pruning_result().save(tmp_path / "coreset.safetensors")
 
     class Shorter(Data):

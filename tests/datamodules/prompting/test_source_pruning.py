@@ -285,6 +285,23 @@ def test_another_source_is_refused(source, target):
             result.check_source(other, BatchSpec())
 
 
+def test_samples_of_data_sets_that_list_no_labels_are_read_once(source, target):
+    class Counting(torch.utils.data.Dataset):
+        reads = 0
+
+        def __len__(self):
+            return len(source)
+
+        def __getitem__(self, row):
+            self.reads += 1
+            return source[row]
+
+    counting = Counting()
+    result = fitted("lm", 0.4, counting, target)
+    assert counting.reads == ROWS
+    assert result.hash == fitted("lm", 0.4, source, target).hash
+
+
 # -- ranks -------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", [*PRUNERS, "kmeans"])
 def test_two_ranks_choose_what_one_chooses(tmp_path, name, source, target):
