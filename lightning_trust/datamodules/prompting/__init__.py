@@ -14,6 +14,7 @@ from lightning_trust.datamodules.prompting.row_pruning import GradNormPruner, Mo
 from lightning_trust.datamodules.prompting.source_features import extract_features
 from lightning_trust.datamodules.prompting.source_pruner import SourcePruner
 from lightning_trust.datamodules.prompting.source_pruning import (
+    ClassMeanPruner,
     FeatureMappingPruner,
     LabelMappingPruner,
     RandomClassPruner,
@@ -23,6 +24,7 @@ __all__ = [
     "BiasedFashionMNIST",
     "CaptionedRows",
     "CelebA",
+    "ClassMeanPruner",
     "Diabetes",
     "FashionMNISTCaptions",
     "FashionMNISTSubset",

@@ -5,13 +5,20 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_trust.core.batch import BatchSpec
 from lightning_trust.core.distributed import from_first_rank, gather_rows, rank, sum_over_ranks_, world_size
-from lightning_trust.datamodules.prompting.prune_result import PruneResult, Unit
-from lightning_trust.datamodules.prompting.source_features import dataset_of, device_of, features_by_batch, inputs_of
+from lightning_trust.datamodules.prompting.prune_result import PruneResult, Unit, class_labels
+from lightning_trust.datamodules.prompting.source_features import (
+    dataset_of,
+    device_of,
+    features_by_batch,
+    inputs_of,
+    is_iterable,
+)
 from lightning_trust.datamodules.prompting.source_pruner import (
     Data,
     SourcePruner,
@@ -23,8 +30,10 @@ from lightning_trust.functional.prompting.source_scores import (
     check_finite,
     check_no_empty_group,
     feature_mapping_evidence,
+    group_means,
     group_sums,
     label_mapping_evidence,
+    moderate_rows,
 )
 
 #: what a source is called large from, for the number of clusters
@@ -119,6 +128,8 @@ class FeatureMappingPruner(SourcePruner):
         n_clusters: Number of clusters. If None, 1000 for a source of a million rows or more, else as many as it says
             it has ``classes``, else the square root of the number of its rows.
         layer: Where features are taken; see :func:`extract_features`. ``""`` for a surrogate that gives features.
+        middle: Share of the rows of each group over which its mean is taken, in (0, 1]: those whose distance to the
+            group's median is neither small nor large. 1 for all, as in the paper.
         reverse: Whether to keep the groups with the lowest scores, as a control.
         seed: Seed of the clustering.
         eval_transform: Takes the place of the source's ``transform`` where its rows are measured: no augmentation.
@@ -144,6 +155,7 @@ class FeatureMappingPruner(SourcePruner):
         groups: Literal["labels", "kmeans"] = "labels",
         n_clusters: int | None = None,
         layer: str | None = None,
+        middle: float = 1.0,
         reverse: bool = False,
         seed: int = 0,
         eval_transform: Transform | None = None,
@@ -151,6 +163,8 @@ class FeatureMappingPruner(SourcePruner):
         batch_size: int = 256,
     ) -> None:
         super().__init__(keep_ratio, eval_transform, batch_spec, batch_size)
+        if not 0.0 < middle <= 1.0:
+            raise ValueError(f"Expected argument `middle` to lie in (0, 1], but got {middle}.")
         if groups not in ("labels", "kmeans"):
             raise ValueError(f"Expected argument `groups` to be 'labels' or 'kmeans', but got {groups!r}.")
         if n_clusters is not None and (n_clusters < 1 or groups == "labels"):
@@ -161,6 +175,7 @@ class FeatureMappingPruner(SourcePruner):
         self.groups = groups
         self.n_clusters = n_clusters
         self.layer = layer
+        self.middle = middle
         self.reverse = reverse
         self.seed = seed
 
@@ -171,17 +186,21 @@ class FeatureMappingPruner(SourcePruner):
         features = source_features(surrogate, self._source_batches(source), self.layer, self.batch_spec)
         if groups is None:
             groups = self._clusters(gather_rows(features), dataset_of(source))
-        count = int(groups.max()) + 1
-        sums, counts = group_sums(features, groups[rank() :: world_size()].to(features.device), count)
-        sum_over_ranks_([sums, counts])
-        check_no_empty_group(counts)
-        evidence = torch.zeros(2, count, dtype=torch.float64, device=sums.device)
-        means = sums / counts[:, None]
+        means = self._means(features, groups)
+        evidence = torch.zeros(2, len(means), dtype=torch.float64, device=means.device)
         for found, _ in features_by_batch(surrogate, self._target_batches(target), self.layer, self.batch_spec):
             evidence += feature_mapping_evidence(means, found)
         sum_over_ranks_([evidence])
         check_target(evidence)
         return self._keep_groups(source, unit, groups, evidence[0].long(), -evidence[1], self.reverse)
+
+    def _means(self, features: Tensor, groups: Tensor) -> Tensor:
+        """Means of the groups from this rank's features and all rows' groups."""
+        if self.middle < 1.0:
+            features, groups = gather_rows(features), groups.to(features.device)
+            rows = moderate_rows(check_finite(features, "features of the source"), groups, self.middle)
+            return group_means(features[rows], groups[rows], int(groups.max()) + 1)
+        return means_over_ranks(features, groups)
 
     def _clusters(self, features: Tensor, dataset: Any) -> Tensor:
         """Cluster of each row; one clustering for all ranks."""
@@ -201,6 +220,63 @@ class FeatureMappingPruner(SourcePruner):
             )
         clusters: Tensor = from_first_rank(found)
         return clusters.long()
+
+
+class ClassMeanPruner(SourcePruner):
+    r"""Keep the source classes whose mean features are nearest to those of the target's classes on average.
+
+    A baseline beside feature mapping, which needs labels of the target: with the means :math:`\nu_c` of its :math:`C`
+    classes, the score of a source class is
+
+    .. math:: s_k = -\frac1C \sum_c \|\mu_k - \nu_c\|_2
+
+    Args:
+        keep_ratio: Share of the classes to keep, in (0, 1].
+        layer: Where features are taken; see :func:`extract_features`.
+        eval_transform: Takes the place of the source's ``transform`` where its rows are measured: no augmentation.
+        batch_spec: Where inputs and targets sit in a batch, of the source and of the target.
+        batch_size: Rows a batch.
+
+    Raises:
+        ValueError: If a number is out of its range; in ``fit``, if a class has no rows, or labels are missing.
+
+    Example:
+        >>> from torch.utils.data import TensorDataset
+        >>> source = TensorDataset(torch.tensor([[0.0], [1.0], [9.0], [5.0]]), torch.tensor([0, 0, 1, 2]))
+        >>> target = TensorDataset(torch.tensor([[6.0], [8.0], [4.0]]), torch.tensor([0, 0, 1]))
+        >>> ClassMeanPruner(0.3, layer="").fit(nn.Identity(), source, target).class_scores.tolist()
+        [-5.0, -3.5, -1.5]
+
+    """
+
+    def __init__(
+        self,
+        keep_ratio: float = 0.5,
+        layer: str | None = None,
+        eval_transform: Transform | None = None,
+        batch_spec: BatchSpec | None = None,
+        batch_size: int = 256,
+    ) -> None:
+        super().__init__(keep_ratio, eval_transform, batch_spec, batch_size)
+        self.layer = layer
+
+    def _select(self, surrogates: list[nn.Module], source: Data, target: Data | None) -> PruneResult:
+        surrogate, labels = self._one(surrogates), self._labels(source)
+        if target is None or is_iterable(target):
+            raise MisconfigurationException(
+                "ClassMeanPruner reads the labels of the target by number, but got an IterableDataset, whose rows have"
+                " none."
+            )
+        theirs = class_labels(dataset_of(target), self.batch_spec, "ClassMeanPruner")
+        means = [
+            means_over_ranks(source_features(surrogate, batches, self.layer, self.batch_spec), groups)
+            for batches, groups in (
+                (self._source_batches(source), labels),
+                (self._target_batches(target), theirs.unique(return_inverse=True)[1]),
+            )
+        ]
+        scores = -torch.cdist(means[0], means[1], compute_mode="donot_use_mm_for_euclid_dist").mean(dim=1)
+        return self._keep_groups(source, "class", labels, scores, torch.zeros_like(scores), reverse=False)
 
 
 class RandomClassPruner(SourcePruner):
@@ -232,3 +308,12 @@ class RandomClassPruner(SourcePruner):
         # 1 is the lowest place: a score of 0 would mean that no target image was mapped there
         places = torch.randperm(classes, generator=torch.Generator().manual_seed(self.seed)) + 1
         return self._keep_groups(source, "class", labels, places, torch.zeros(classes), reverse=False)
+
+
+def means_over_ranks(features: Tensor, groups: Tensor) -> Tensor:
+    """Means of all groups from this rank's features (rows r::W) and all rows' groups."""
+    own = groups[rank() :: world_size()].to(features.device)
+    sums, counts = group_sums(features, own, int(groups.max()) + 1)
+    sum_over_ranks_([sums, counts])
+    check_no_empty_group(counts)
+    return sums / counts[:, None]

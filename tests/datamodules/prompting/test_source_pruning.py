@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_trust.core.batch import BatchSpec
 from lightning_trust.datamodules import (
+    ClassMeanPruner,
     FeatureMappingPruner,
     GradNormPruner,
     LabelMappingPruner,
@@ -20,7 +21,7 @@ from lightning_trust.datamodules import (
     RandomClassPruner,
     extract_features,
 )
-from lightning_trust.functional.prompting import grad_norm_scores, group_means
+from lightning_trust.functional.prompting import grad_norm_scores, group_means, moderate_rows
 from lightning_trust.nn import SmallCNN
 from tests.two_ranks import run_on_two_ranks
 
@@ -42,12 +43,14 @@ def source():
 def target():
     """A task of its own labels, with most images like classes 7, 2, 4 and 0, in this order."""
     classes = torch.tensor([7] * 13 + [2] * 9 + [4] * 5 + [0] * 2 + [1] * 1)
-    return TensorDataset(20.0 * torch.eye(CLASSES)[classes] + drawn(30, CLASSES, seed=1), torch.zeros(30))
+    return TensorDataset(20.0 * torch.eye(CLASSES)[classes] + drawn(30, CLASSES, seed=1), torch.arange(30) % 2)
 
 
 PRUNERS = {
     "lm": lambda ratio, **kwargs: LabelMappingPruner(CLASSES, ratio, **kwargs),
     "fm": lambda ratio, **kwargs: FeatureMappingPruner(ratio, layer="", **kwargs),
+    "means": lambda ratio: ClassMeanPruner(ratio, layer=""),
+    "middle": lambda ratio: FeatureMappingPruner(ratio, layer="", middle=0.6),
     "random": lambda ratio: RandomClassPruner(ratio, seed=3),
     "moderate": lambda ratio: ModeratePruner(ratio, layer=""),
     "grand": lambda ratio: GradNormPruner(ratio, batch_size=7),
@@ -134,6 +137,36 @@ def test_fm_of_clusters_finds_the_classes_without_labels(source, target):
     assert sorted(result.class_scores.tolist()) == sorted(by_label.class_scores.tolist())
     with pytest.raises(MisconfigurationException, match="this result keeps clusters"):
         _ = result.label_map
+
+
+def test_fm_with_means_of_the_middle_is_not_led_astray(source):
+    """An outlier moves the mean of its class; without it the class is where its other rows are."""
+    inputs, labels = source.tensors
+    inputs = inputs.clone()
+    inputs[3] += 900.0
+    moved, target = TensorDataset(inputs, labels), TensorDataset(inputs[labels == 3][1:])
+    assert fitted("fm", 0.1, moved, target).kept_classes.tolist() != [3]
+    result = fitted("fm", 0.1, moved, target, middle=0.5)
+    assert result.kept_classes.tolist() == [3]
+    means = group_means(inputs[moderate_rows(inputs, labels, 0.5)], labels[moderate_rows(inputs, labels, 0.5)], CLASSES)
+    found = torch.cdist(target.tensors[0].double(), means).argmin(dim=1)
+    assert result.class_scores.tolist() == found.bincount(minlength=CLASSES).tolist()
+
+
+def test_class_means_are_compared_as_numpy_does(source):
+    inputs, labels = source.tensors
+    theirs = torch.tensor([5] * 20 + [9] * 10)
+    target = TensorDataset(drawn(30, CLASSES, seed=4) + 3.0, theirs)
+    result = ClassMeanPruner(0.4, layer="").fit(nn.Identity(), source, DataLoader(target, batch_size=7, shuffle=True))
+    ours = [inputs[labels == label].numpy().mean(axis=0) for label in range(CLASSES)]
+    other = [target.tensors[0][theirs == label].numpy().mean(axis=0) for label in (5, 9)]
+    scores = [-np.mean([np.linalg.norm(mean - theirs) for theirs in other]) for mean in ours]
+    np.testing.assert_allclose(result.class_scores, scores, rtol=1e-6)
+    assert result.kept_classes.tolist() == sorted(np.argsort(scores)[-4:].tolist())
+    with pytest.raises(ValueError, match="for ClassMeanPruner to choose among classes, but got none"):
+        ClassMeanPruner(layer="").fit(nn.Identity(), source, TensorDataset(target.tensors[0]))
+    with pytest.raises(MisconfigurationException, match="reads the labels of the target by number"):
+        ClassMeanPruner(layer="").fit(nn.Identity(), source, Stream(target))
 
 
 @pytest.mark.parametrize(("classes", "count"), [(None, 11), (["a", "b", "c"], 3)])
@@ -340,6 +373,8 @@ def test_bad_arguments():
         FeatureMappingPruner(groups="means")
     with pytest.raises(ValueError, match="but got 3 and groups='labels'"):
         FeatureMappingPruner(n_clusters=3)
+    with pytest.raises(ValueError, match=r"`middle` to lie in \(0, 1\], but got 0.0"):
+        FeatureMappingPruner(middle=0.0)
     with pytest.raises(ValueError, match="`batch_size` to be a positive integer, but got 0"):
         ModeratePruner(batch_size=0)
 
