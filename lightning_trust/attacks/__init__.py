@@ -16,6 +16,7 @@ from lightning_trust.attacks.routed import RoutedPGD
 from lightning_trust.attacks.search import SearchAttack
 from lightning_trust.attacks.simba import SimBA
 from lightning_trust.attacks.square import Square
+from lightning_trust.attacks.without_prompt import WithoutPrompt
 from lightning_trust.attacks.worst_of import WorstOf
 from lightning_trust.attacks.zeroth_order import NES, ZOSignAttack
 
@@ -44,6 +45,7 @@ __all__ = [
     "SelfTest",
     "SimBA",
     "Square",
+    "WithoutPrompt",
     "WorstOf",
     "ZOSignAttack",
     "check_gradient_masking",

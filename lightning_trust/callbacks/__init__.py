@@ -27,6 +27,7 @@ from lightning_trust.callbacks.language import SaveAdapter
 from lightning_trust.callbacks.load_weights import LoadWeights
 from lightning_trust.callbacks.prompting import (
     AdversarialDebiasing,
+    AdversarialPrompting,
     FairnessEvaluation,
     FairnessReprogramming,
     IterativeLabelMapping,
@@ -56,6 +57,7 @@ __all__ = [
     "TRADES",
     "AdvMoE",
     "AdversarialDebiasing",
+    "AdversarialPrompting",
     "AdversarialTraining",
     "AverageOf",
     "CleanAndAdversarial",

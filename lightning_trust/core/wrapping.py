@@ -29,6 +29,7 @@ class Surround(nn.Module):
         # plain attributes: neither is state
         self.calls = 0
         self.leaves_outputs = False
+        self.absent = False
 
     def before(self, inputs: Tensor) -> Tensor:
         """What the network is given for its inputs."""
@@ -47,14 +48,23 @@ class Surround(nn.Module):
         finally:
             self.leaves_outputs = found
 
+    @contextmanager
+    def removed(self) -> Iterator[None]:
+        """Within, the network is what it is without this part."""
+        found, self.absent = self.absent, True
+        try:
+            yield
+        finally:
+            self.absent = found
+
     def enter(self, inputs: Tensor) -> Tensor:
         """Count a call and change its inputs."""
         self.calls += 1
-        return self.before(inputs)
+        return inputs if self.absent else self.before(inputs)
 
     def leave(self, outputs: Tensor) -> Tensor:
         """Change outputs, unless they are asked for as they are."""
-        return outputs if self.leaves_outputs else self.after(outputs)
+        return outputs if self.leaves_outputs or self.absent else self.after(outputs)
 
 
 class Surrounded(nn.Module):
@@ -63,6 +73,7 @@ class Surrounded(nn.Module):
     Args:
         network: The network; it is frozen and stays in eval mode.
         part: What goes around it.
+        chunk: The network is given at most so many rows at a time; all if None. A part may make several of one.
 
     Example:
         >>> surrounded = Surrounded(nn.Linear(2, 1), Surround())
@@ -71,8 +82,11 @@ class Surrounded(nn.Module):
 
     """
 
-    def __init__(self, network: nn.Module, part: Surround) -> None:
+    def __init__(self, network: nn.Module, part: Surround, chunk: int | None = None) -> None:
         super().__init__()
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"Expected argument `chunk` to be at least 1, but got {chunk}.")
+        self.chunk = chunk
         self.network = network.requires_grad_(False)
         self.part = part
         #: what a file says that the part was read from
@@ -87,7 +101,10 @@ class Surrounded(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Inputs to what the part makes of the network's outputs."""
-        return self.part.leave(self.network(self.part.enter(inputs)))
+        entered = self.part.enter(inputs)
+        if self.chunk is None or len(entered) <= self.chunk:
+            return self.part.leave(self.network(entered))
+        return self.part.leave(torch.cat([self.network(some) for some in entered.split(self.chunk)]))
 
 
 class SurroundingCallback(HostCallback):
@@ -300,6 +317,15 @@ def surrounding(trainer: Any, host: nn.Module, kind: type[Surround]) -> tuple[Su
         if isinstance(module, Surrounded) and isinstance(module.part, kind):
             return module.part, module.network
     return None
+
+
+def part_around(network: Any) -> Surround | None:
+    """The part around a network, one that it was built with or one that a callback put there for a run."""
+    network = getattr(network, "_orig_mod", network)
+    if isinstance(network, Surrounded):
+        return network.part
+    hooks = getattr(network, "_forward_pre_hooks", {}).values()
+    return next((hook.part for hook in hooks if isinstance(hook, _Enter)), None)
 
 
 class _Enter:

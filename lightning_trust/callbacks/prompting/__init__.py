@@ -1,6 +1,7 @@
 """Prompting: callbacks that learn what goes into a frozen network and what comes out of it."""
 
 from lightning_trust.callbacks.prompting.adversarial_debiasing import AdversarialDebiasing
+from lightning_trust.callbacks.prompting.adversarial_prompting import AdversarialPrompting
 from lightning_trust.callbacks.prompting.fairness_evaluation import FairnessEvaluation
 from lightning_trust.callbacks.prompting.fairness_reprogramming import FairnessReprogramming
 from lightning_trust.callbacks.prompting.iterative_label_mapping import IterativeLabelMapping
@@ -12,6 +13,7 @@ from lightning_trust.callbacks.prompting.visual_prompting import VisualPrompting
 
 __all__ = [
     "AdversarialDebiasing",
+    "AdversarialPrompting",
     "FairnessEvaluation",
     "FairnessReprogramming",
     "IterativeLabelMapping",

@@ -1,5 +1,10 @@
 """Prompting: a frozen network reused by learning its input and its output map."""
 
+from lightning_trust.functional.prompting.class_wise_loss import (
+    class_mean_sum,
+    class_wise_cross_entropy,
+    class_wise_interrelation,
+)
 from lightning_trust.functional.prompting.conflict_free_gradient import conflict_free_gradient
 from lightning_trust.functional.prompting.label_mapping import (
     check_enough_sources,
@@ -21,6 +26,9 @@ from lightning_trust.functional.prompting.source_scores import (
 
 __all__ = [
     "check_enough_sources",
+    "class_mean_sum",
+    "class_wise_cross_entropy",
+    "class_wise_interrelation",
     "conflict_free_gradient",
     "count_predictions",
     "feature_mapping_scores",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from lightning_trust.nn.prompting.anti_adversary import AntiAdversary
 from lightning_trust.nn.prompting.backbones import Backbone, BackboneSpec, create_backbone
+from lightning_trust.nn.prompting.class_wise_prompt import ClassWisePrompt
 from lightning_trust.nn.prompting.clip_classifier import ClipClassifier
 from lightning_trust.nn.prompting.clip_templates import CLIP_TEMPLATES_81
 from lightning_trust.nn.prompting.fairness_adversary import FairnessAdversary
@@ -20,9 +22,11 @@ from lightning_trust.nn.prompting.visual_prompt import VisualPrompt
 __all__ = [
     "CLIP_TEMPLATES_81",
     "AdditivePrompt",
+    "AntiAdversary",
     "Backbone",
     "BackboneSpec",
     "BorderTrigger",
+    "ClassWisePrompt",
     "ClipClassifier",
     "ClipTextEncoder",
     "ConcatTrigger",
