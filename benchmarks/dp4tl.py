@@ -34,6 +34,7 @@ from benchmarks.stored import now
 from benchmarks.table_results import Column, TableResult, TableRow
 from lightning_trust.core.records import hardware, versions
 from lightning_trust.datamodules import (
+    ClassMeanPruner,
     FashionMNISTSubset,
     FeatureMappingPruner,
     GradNormPruner,
@@ -96,6 +97,7 @@ def pruner(name: str, ratio: float, seed: int) -> SourcePruner:
         "label mapping": partial(LabelMappingPruner, CLASSES),
         "label mapping, reversed": partial(LabelMappingPruner, CLASSES, reverse=True),
         "feature mapping": FeatureMappingPruner,
+        "class means, with the target's labels": ClassMeanPruner,
         "Moderate": ModeratePruner,
         "GraNd, one network": GradNormPruner,
     }
@@ -110,6 +112,7 @@ RUNS: dict[str, tuple[float, ...]] = {
     "feature mapping": RATIOS,
     "random classes": RATIOS,
     "label mapping, reversed": RATIOS,
+    "class means, with the target's labels": (0.4,),
     "Moderate": (0.4,),
     "GraNd, one network": (0.4,),
 }

@@ -35,7 +35,7 @@ def test_what_is_kept_is_what_the_run_says(found):
 
 def test_result(found):
     result = dp4tl.result(found)
-    assert len(result.rows) == 16
+    assert len(result.rows) == 17
     values = {row.run: row.values for row in result.rows}
     assert list(values)[:3] == ["no pretraining", "whole source", "60 %: label mapping"]
     assert values["whole source"]["time"] == 1.0
