@@ -287,6 +287,21 @@ METHODS: tuple[MethodEntry, ...] = (
         ),
     ),
     _entry(
+        "c-avp",
+        "Make a frozen classifier more robust by a learned frame for every class, evaluated blind and adaptively",
+        (
+            Paper("Visual Prompting for Adversarial Robustness", "ICASSP 2023, arXiv:2210.06284"),
+            Paper("Combating Adversaries with Anti-Adversaries", "AAAI 2022, arXiv:2103.14347"),
+        ),
+        "prompting",
+        (
+            "lightning_trust.callbacks.AdversarialPrompting",
+            "lightning_trust.nn.ClassWisePrompt",
+            "lightning_trust.attacks.WithoutPrompt",
+            "lightning_trust.nn.AntiAdversary",
+        ),
+    ),
+    _entry(
         "fairness-reprogram",
         "Make a frozen classifier fairer: learn a trigger at its input against an adversary that reads the group",
         (Paper("Fairness Reprogramming", "NeurIPS 2022, arXiv:2209.10222"),),

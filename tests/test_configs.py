@@ -90,6 +90,12 @@ OFFLINE = {
 }
 #: sizes and classes of the user's own run, where an overlay names some
 FITTED = {
+    "c_avp": (
+        (
+            "num_prompts: 10, image_size: 32, channels: 3, size: 8",
+            "num_prompts: 3, image_size: 8, channels: 1, size: 2",
+        ),
+    ),
     "dp4tl": (
         ("network: resnet18, num_classes: 1000, in_channels: 3", "network: SmallCNN, num_classes: 3, in_channels: 1"),
         ("checkpoint: runs/surrogate/last.ckpt", "checkpoint: null"),
@@ -109,6 +115,7 @@ TAKEN = {
     **dict.fromkeys(("mezo", "tensor_bp_free"), ("optimizer", "--trainer.gradient_clip_val=null")),
     # a prompt has an optimizer of its own
     "ilm_vp": ("optimizer",),
+    "c_avp": ("optimizer",),
     "fairness_reprogram": ("optimizer",),
 }
 #: what the data of a user's own run have to tell
