@@ -21,6 +21,7 @@ from typing import Any
 import lightning_trust.attacks
 import lightning_trust.callbacks
 import lightning_trust.datamodules
+import lightning_trust.metrics
 import lightning_trust.modules
 import lightning_trust.nn
 import lightning_trust.optim
@@ -40,6 +41,7 @@ ROOMS = (
     lightning_trust.attacks,
     lightning_trust.callbacks,
     lightning_trust.datamodules,
+    lightning_trust.metrics,
     lightning_trust.modules,
     lightning_trust.nn,
     lightning_trust.optim,
