@@ -375,7 +375,8 @@ class CallbackConformance:
 
     def test_bf16(self, tmp_path):
         host, _, _ = self.fitted(tmp_path, precision="bf16-mixed")
-        assert all(value.dtype == torch.float32 for value in host.state_dict().values())
+        # counters of BatchNorm are integers
+        assert all(value.dtype in (torch.float32, torch.int64) for value in host.state_dict().values())
         assert all(torch.isfinite(value).all() for value in host.state_dict().values())
 
     @pytest.mark.parametrize("claim", list(PARTNERS))
