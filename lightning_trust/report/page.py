@@ -10,6 +10,7 @@ from pathlib import Path
 from lightning_trust.core.files import write_text
 from lightning_trust.core.records import METRICS, RunRecord
 from lightning_trust.report.figures import confidence_panels, gap_bars, require_matplotlib, time_against_gap
+from lightning_trust.report.prompting import prompt_sections
 from lightning_trust.report.robustness import robust_sections
 from lightning_trust.report.runs import Collection, Row, Scenario
 from lightning_trust.report.table import gap_text, percent, rows_sentence, seconds, signed, spread_sentence
@@ -115,14 +116,20 @@ def page(collection: Collection, title: str | None = None) -> str:
     """
     require_matplotlib()
     if title is None:
-        title = (
-            "Unlearning report" if not collection.robust else "Report" if collection.scenarios else "Robustness report"
-        )
+        kinds = {
+            "Unlearning report": collection.scenarios,
+            "Robustness report": collection.robust,
+            "Prompting report": collection.prompts,
+        }
+        shown = [name for name, found in kinds.items() if found]
+        title = shown[0] if len(shown) == 1 else "Report"
     parts = [f"<h1>{escape(title)}</h1>"]
     if collection.scenarios:
         parts += _unlearning(collection)
     if collection.robust:
         parts += robust_sections(collection.robust)
+    if collection.prompts:
+        parts += prompt_sections(collection.prompts)
     if collection.damaged:
         parts.append("<h2>Left out</h2><ul>")
         parts += [f"<li>{escape(message)}</li>" for message in collection.damaged.values()]

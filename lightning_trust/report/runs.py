@@ -12,6 +12,9 @@ from typing import Any, Literal
 from lightning_trust.core.records import FILE_NAME, METRICS, RunRecord, average_gap, metrics_gap
 from lightning_trust.core.robustness_record import FILE_NAME as ROBUST_NAME
 from lightning_trust.core.robustness_record import RobustnessRecord
+from lightning_trust.nn.prompting.saved_prompt import CARD as PROMPT_NAME
+from lightning_trust.nn.prompting.saved_prompt import read_prompt
+from lightning_trust.nn.prompting.visual_prompt import VisualPrompt
 
 Kind = Literal["original", "retrain", "method"]
 
@@ -42,6 +45,22 @@ class RobustRun:
 
     path: Path
     record: RobustnessRecord
+
+
+@dataclass(frozen=True)
+class PromptRun:
+    """A saved prompt.
+
+    Args:
+        path: The ``prompt.json``.
+        part: Prompt and mapping.
+        card: What the file says.
+
+    """
+
+    path: Path
+    part: VisualPrompt
+    card: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -190,6 +209,7 @@ class Collection:
     scenarios: Sequence[Scenario]
     damaged: Mapping[Path, str] = field(default_factory=dict)
     robust: Sequence[RobustRun] = ()
+    prompts: Sequence[PromptRun] = ()
 
 
 def find(paths: Iterable[str | Path], name: str = FILE_NAME) -> list[Path]:
@@ -207,7 +227,7 @@ def find(paths: Iterable[str | Path], name: str = FILE_NAME) -> list[Path]:
                 found.update(place.rglob(name))
             elif place.is_file():
                 # a glob such as runs/*/* also matches checkpoints; one file of any name is taken at its word
-                other = place.name in (FILE_NAME, ROBUST_NAME) and place.name != name
+                other = place.name in (FILE_NAME, ROBUST_NAME, PROMPT_NAME) and place.name != name
                 if place.name == name or (len(places) == 1 and name == FILE_NAME and not other):
                     found.add(place)
             else:
@@ -235,12 +255,12 @@ def collect(paths: Iterable[str | Path]) -> Collection:
 
     """
     paths = list(paths)
-    files, robust_files = find(paths), find(paths, ROBUST_NAME)
-    if not files and not robust_files:
+    files, robust_files, prompt_files = find(paths), find(paths, ROBUST_NAME), find(paths, PROMPT_NAME)
+    if not files and not robust_files and not prompt_files:
         raise FileNotFoundError(
             f"Expected argument `paths` to hold at least one {FILE_NAME}, but found none in"
             f" {', '.join(str(path) for path in paths)}. `UnlearningReport` writes one a run, and"
-            f" `RobustEvaluation` a {ROBUST_NAME}."
+            f" `RobustEvaluation` a {ROBUST_NAME}, `SavePrompt` a {PROMPT_NAME}."
         )
     groups: dict[str, list[Run]] = {}
     damaged: dict[Path, str] = {}
@@ -257,7 +277,13 @@ def collect(paths: Iterable[str | Path]) -> Collection:
             robust.append(RobustRun(path, RobustnessRecord.read(path)))
         except (ValueError, OSError) as error:  # noqa: PERF203 - as above
             damaged[path] = str(error)
-    if not groups and not robust:
+    prompts = []
+    for path in prompt_files:
+        try:
+            prompts.append(PromptRun(path, *read_prompt(path.parent)))
+        except (ValueError, OSError, KeyError, RuntimeError, TypeError) as error:  # noqa: PERF203 - as above
+            damaged[path] = str(error)
+    if not groups and not robust and not prompts:
         raise ValueError("No run record could be read:\n" + "\n".join(damaged.values()))
     scenarios = [Scenario(runs[0].record.scenario, runs) for runs in groups.values()]
     names = [scenario.name for scenario in scenarios]
@@ -267,4 +293,4 @@ def collect(paths: Iterable[str | Path]) -> Collection:
         for each in scenarios
     ]
     scenarios.sort(key=lambda scenario: scenario.name)
-    return Collection(scenarios, damaged, robust)
+    return Collection(scenarios, damaged, robust, prompts)

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_trust.core.records import METRICS
+from lightning_trust.report.prompting import prompt_line
 from lightning_trust.report.robustness import ROBUST_CAPTION, robust_table
 from lightning_trust.report.runs import Collection, Row, Scenario
 
@@ -167,6 +168,10 @@ def print_collection(collection: Collection, console: Console | None = None) -> 
     if collection.robust:
         console.print(robust_table(collection.robust))
         console.print(Text(ROBUST_CAPTION, style="dim"))
+    if collection.prompts:
+        console.print(Text("Prompts", style="bold"))
+    for run in collection.prompts:
+        console.print(Text(prompt_line(run)), soft_wrap=True)
     for message in collection.damaged.values():
         console.print(Text(f"Left out: {message}", style="bold red"))
 

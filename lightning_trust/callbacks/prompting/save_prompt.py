@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -57,4 +58,6 @@ class SavePrompt(Callback):
             return
         part, network = found
         names = self.class_names or getattr(trainer.datamodule, "class_names", None)
-        save_prompt(Path(trainer.default_root_dir) / self.folder, part, network, names, self.source_names)  # type: ignore[arg-type]
+        logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        metrics = {name: value for name, value in logged.items() if math.isfinite(value)}
+        save_prompt(Path(trainer.default_root_dir) / self.folder, part, network, names, self.source_names, metrics)  # type: ignore[arg-type]

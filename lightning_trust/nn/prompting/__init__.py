@@ -11,6 +11,7 @@ from lightning_trust.nn.prompting.fairness_adversary import FairnessAdversary
 from lightning_trust.nn.prompting.frame_prompt import FramePrompt, LearnableScale
 from lightning_trust.nn.prompting.fully_mapping import FullyMapping
 from lightning_trust.nn.prompting.label_mapping import LabelMapping
+from lightning_trust.nn.prompting.name_similarity import name_similarity
 from lightning_trust.nn.prompting.open_clip_models import create_clip, save_clip
 from lightning_trust.nn.prompting.prompts import AdditivePrompt, PadPrompt, PatchPrompt, Prompt, WatermarkPrompt
 from lightning_trust.nn.prompting.saved_prompt import load_prompt, save_prompt
@@ -50,6 +51,7 @@ __all__ = [
     "create_backbone",
     "create_clip",
     "load_prompt",
+    "name_similarity",
     "save_clip",
     "save_prompt",
 ]

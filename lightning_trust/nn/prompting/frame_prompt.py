@@ -169,6 +169,12 @@ class FramePrompt(Prompt):
         mask[before : before + side, before : before + side] = 0.0
         return mask
 
+    @torch.no_grad()
+    def pattern(self) -> Tensor:
+        """The frame as it stands around an image of the present scale."""
+        delta = self.delta.sigmoid() if self.squash == "sigmoid" else self.delta
+        return delta * self.frame(self.scale.occupied)
+
     def forward(self, x: Tensor) -> Tensor:
         """Images to framed images."""
         canvas, side = self.scale(x)

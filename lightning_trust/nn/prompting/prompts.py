@@ -64,6 +64,11 @@ class Prompt(nn.Module, HyperparametersMixin):
         """The input less ``mean`` over ``std``."""
         return (x - self.mean) / self.std if self.normalizes else x
 
+    @torch.no_grad()
+    def pattern(self) -> Tensor:
+        """The prompt as it stands in an input, shape ``shape``; zero where there is none."""
+        return self.delta * self.mask
+
     def check_input(self, x: Tensor, shape: Sequence[int]) -> None:
         """Refuse inputs of another shape.
 
@@ -132,6 +137,11 @@ class PadPrompt(Prompt):
         self.save_hyperparameters()
         self.shape = (channels, image_size, image_size)
         self.pad = (before, out_size - image_size - before)
+
+    @torch.no_grad()
+    def pattern(self) -> Tensor:
+        """The frame as it stands around an image, in (0, 1)."""
+        return self.delta.sigmoid() * self.mask
 
     def forward(self, x: Tensor) -> Tensor:
         """Images to framed images."""

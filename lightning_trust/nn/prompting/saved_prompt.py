@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ from lightning_trust.nn.prompting.backbones import Backbone
 from lightning_trust.nn.prompting.prompts import Prompt
 from lightning_trust.nn.prompting.visual_prompt import VisualPrompt
 
-_KIND = "lightning_trust.prompt"
+KIND = "lightning_trust.prompt"
 _VERSION = 1
 _TENSORS = "prompt.safetensors"
-_CARD = "prompt.json"
+CARD = "prompt.json"
 
 
 def save_prompt(
@@ -28,6 +28,7 @@ def save_prompt(
     network: nn.Module,
     class_names: Sequence[str] | None = None,
     source_names: Sequence[str] | None = None,
+    metrics: Mapping[str, float] | None = None,
 ) -> Path:
     """Write what visual prompting learned, and what it is for.
 
@@ -41,6 +42,7 @@ def save_prompt(
         network: The frozen network that they were trained for.
         class_names: Names of the classes of the task.
         source_names: Names of the network's classes; those of a ``Backbone`` by themselves.
+        metrics: What was measured of it, such as its accuracy in validation.
 
     Returns:
         The folder.
@@ -77,6 +79,7 @@ def save_prompt(
             "spec": network.spec.as_dict() if isinstance(network, Backbone) else None,
         },
         "class_names": None if class_names is None else list(class_names),
+        "metrics": dict(metrics or {}),
         **{role: None if module is None else _built(module) for role, module in modules.items()},
     }
     indices = getattr(part.mapping, "indices", None)
@@ -88,8 +91,8 @@ def save_prompt(
         if isinstance(card["network"]["spec"], dict):
             # the names that are used stand above; a thousand others would outweigh the prompt
             card["network"]["spec"]["class_names"] = None
-    write_tensors(folder / _TENSORS, _KIND, _VERSION, _packed(part))
-    write_json(folder / _CARD, _KIND, _VERSION, card)
+    write_tensors(folder / _TENSORS, KIND, _VERSION, _packed(part))
+    write_json(folder / CARD, KIND, _VERSION, card)
     return folder
 
 
@@ -108,8 +111,7 @@ def load_prompt(folder: str | Path, network: nn.Module) -> Surrounded:
         FileNotFoundError: If a file is missing.
 
     """
-    folder = Path(folder)
-    card = read_json(folder / _CARD, _KIND, _VERSION)
+    part, card = read_prompt(folder)
     found = _sha256(network)
     if found != card["network"]["sha256"]:
         raise ValueError(
@@ -117,10 +119,28 @@ def load_prompt(folder: str | Path, network: nn.Module) -> Surrounded:
             f" for, with weights of SHA-256 {card['network']['sha256'][:12]}..., but got a"
             f" {network.spec.name if isinstance(network, Backbone) else type(network).__name__} of {found[:12]}...."
         )
+    surrounded = Surrounded(network, part).eval()
+    surrounded.card = card
+    return surrounded
+
+
+def read_prompt(folder: str | Path) -> tuple[VisualPrompt, dict[str, Any]]:
+    """What :func:`save_prompt` wrote, without the network: prompt and mapping, and what the card says.
+
+    Args:
+        folder: Folder of the two files.
+
+    Raises:
+        ValueError: If a file is damaged or names a module that is not of lightning_trust.nn.
+        FileNotFoundError: If a file is missing.
+
+    """
+    folder = Path(folder)
+    card = read_json(folder / CARD, KIND, _VERSION)
     prompt, mapping = (None if card[role] is None else _rebuilt(card[role]) for role in ("prompt", "mapping"))
     assert prompt is not None  # noqa: S101  (save_prompt wrote it)
     part = VisualPrompt(prompt, mapping)
-    tensors, _ = read_tensors(folder / _TENSORS, _KIND, _VERSION)
+    tensors, _ = read_tensors(folder / _TENSORS, KIND, _VERSION)
     for name, module in part.named_modules():
         if isinstance(module, Prompt):
             key = f"{name}.delta"
@@ -128,9 +148,7 @@ def load_prompt(folder: str | Path, network: nn.Module) -> Surrounded:
             whole[module.mask.bool()] = tensors[key]
             tensors[key] = whole
     part.load_state_dict(tensors)
-    surrounded = Surrounded(network, part).eval()
-    surrounded.card = card
-    return surrounded
+    return part, card
 
 
 def _packed(part: VisualPrompt) -> dict[str, Tensor]:

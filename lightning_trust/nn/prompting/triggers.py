@@ -6,14 +6,13 @@ from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin
 from torch import Tensor, nn
-
-from lightning_trust.core.wrapping import Surround
 
 Corner = Literal["tl", "tr", "bl", "br"]
 
 
-class _ImageTrigger(Surround):
+class _ImageTrigger(nn.Module, HyperparametersMixin):
     """A pattern of learned pixels on a canvas; only these are parameters."""
 
     def __init__(self, image_size: int, channels: int, where: Tensor) -> None:
@@ -34,9 +33,10 @@ class _ImageTrigger(Surround):
         flat = self.weight.new_zeros(self.channels, size * size)
         return flat.index_copy(1, self.places, self.weight.tanh()).view(self.channels, size, size)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Images ``(N, C, H, W)`` -> images with the trigger ``(N, C, S, S)``."""
-        return self.before(images)
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of what is learned."""
+        return self.weight.nbytes
 
     def _check(self, images: Tensor) -> None:
         if images.ndim != 4 or images.shape[1] != self.channels:
@@ -89,14 +89,15 @@ class BorderTrigger(_ImageTrigger):
         where[border : image_size - border, border : image_size - border] = False
         super().__init__(image_size, channels, where)
         self.border = border
+        self.save_hyperparameters()
 
-    def before(self, inputs: Tensor) -> Tensor:
-        """Images with a frame."""
-        self._check(inputs)
+    def forward(self, images: Tensor) -> Tensor:
+        """Images ``(N, C, H, W)`` -> images with a frame ``(N, C, S, S)``."""
+        self._check(images)
         inner = self.image_size - 2 * self.border
-        if inputs.shape[-2:] != (inner, inner):
-            inputs = F.interpolate(inputs, (inner, inner), mode="bilinear", antialias=True, align_corners=False)
-        return F.pad(inputs, (self.border,) * 4) + self.pattern
+        if images.shape[-2:] != (inner, inner):
+            images = F.interpolate(images, (inner, inner), mode="bilinear", antialias=True, align_corners=False)
+        return F.pad(images, (self.border,) * 4) + self.pattern
 
 
 class PatchTrigger(_ImageTrigger):
@@ -143,19 +144,20 @@ class PatchTrigger(_ImageTrigger):
         super().__init__(image_size, channels, where)
         self.patch = patch
         self.corner: Corner = corner
+        self.save_hyperparameters()
 
-    def before(self, inputs: Tensor) -> Tensor:
-        """Images with a patch."""
-        self._check(inputs)
-        if inputs.shape[-2:] != (self.image_size, self.image_size):
+    def forward(self, images: Tensor) -> Tensor:
+        """Images ``(N, C, S, S)`` -> images with a patch."""
+        self._check(images)
+        if images.shape[-2:] != (self.image_size, self.image_size):
             raise ValueError(
                 f"Expected images of {self.image_size} by {self.image_size} pixels, the `image_size` of PatchTrigger,"
-                f" but got {inputs.shape[-2]} by {inputs.shape[-1]}."
+                f" but got {images.shape[-2]} by {images.shape[-1]}."
             )
-        return torch.where(self.where, self.pattern.to(inputs.dtype), inputs)
+        return torch.where(self.where, self.pattern.to(images.dtype), images)
 
 
-class ConcatTrigger(Surround):
+class ConcatTrigger(nn.Module, HyperparametersMixin):
     r"""Weighs and shifts the features of a table.
 
     .. math:: \tilde x = x \odot m + \delta
@@ -191,19 +193,21 @@ class ConcatTrigger(Surround):
         self.num_features = num_features
         self.mask = nn.Parameter(torch.ones(num_features)) if mask else None
         self.offset = nn.Parameter(torch.zeros(num_features))
+        self.save_hyperparameters()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of what is learned."""
+        return sum(parameter.nbytes for parameter in self.parameters())
 
     def forward(self, features: Tensor) -> Tensor:
         """Features ``(N, F)`` -> features ``(N, F)``."""
-        return self.before(features)
-
-    def before(self, inputs: Tensor) -> Tensor:
-        """Weighed and shifted features."""
-        if inputs.shape[-1] != self.num_features:
+        if features.shape[-1] != self.num_features:
             raise ValueError(
                 f"Expected inputs of shape (N, {self.num_features}), the `num_features` of ConcatTrigger, but got"
-                f" {tuple(inputs.shape)}."
+                f" {tuple(features.shape)}."
             )
-        return (inputs if self.mask is None else inputs * self.mask) + self.offset
+        return (features if self.mask is None else features * self.mask) + self.offset
 
 
 def _check_sizes(image_size: int, channels: int) -> None:
