@@ -32,6 +32,7 @@ from lightning_trust.callbacks.prompting import (
     FairnessReprogramming,
     IterativeLabelMapping,
     SavePrompt,
+    ScaleMonitor,
     SourcePruning,
     VisualPrompting,
 )
@@ -88,6 +89,7 @@ __all__ = [
     "SaliencyGuidedAdversarialTraining",
     "SaveAdapter",
     "SavePrompt",
+    "ScaleMonitor",
     "SourcePruning",
     "StandardAT",
     "UnlearningReport",

@@ -50,6 +50,7 @@ from lightning_trust.nn.prompting import (
     create_backbone,
     create_clip,
     load_prompt,
+    name_similarity,
     save_clip,
     save_prompt,
 )
@@ -139,6 +140,7 @@ __all__ = [
     "load_prompt",
     "moe_resnet18",
     "moe_small_cnn",
+    "name_similarity",
     "resnet18_small",
     "resnet20",
     "save_clip",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning_trust.recipes.prompting import AutoVPTuner, VPConfig, VPSearchSpace
 from lightning_trust.recipes.stages import Recipe, Stage
 
-__all__ = ["Recipe", "Stage"]
+__all__ = ["AutoVPTuner", "Recipe", "Stage", "VPConfig", "VPSearchSpace"]

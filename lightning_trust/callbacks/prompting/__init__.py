@@ -6,6 +6,7 @@ from lightning_trust.callbacks.prompting.fairness_evaluation import FairnessEval
 from lightning_trust.callbacks.prompting.fairness_reprogramming import FairnessReprogramming
 from lightning_trust.callbacks.prompting.iterative_label_mapping import IterativeLabelMapping
 from lightning_trust.callbacks.prompting.save_prompt import SavePrompt
+from lightning_trust.callbacks.prompting.scale_monitor import ScaleMonitor
 from lightning_trust.callbacks.prompting.source_pruning import (
     SourcePruning,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "FairnessReprogramming",
     "IterativeLabelMapping",
     "SavePrompt",
+    "ScaleMonitor",
     "SourcePruning",
     "VisualPrompting",
 ]
