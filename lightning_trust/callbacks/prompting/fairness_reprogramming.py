@@ -39,8 +39,8 @@ class FairnessReprogramming(SurroundingCallback, TwoPlayers):
     with ``ModelCheckpoint(monitor="trust/worst_group_acc", mode="max")``, as the paper does. Logs
     ``trust/adversary_loss``, which comes near the entropy of the groups where the output does not tell them.
 
-    A checkpoint holds the host under its own keys, and the trigger and the adversary as this callback's state. A
-    trigger alone is ``trigger.state_dict()``.
+    A checkpoint holds the host under its own keys, and the trigger and the adversary as this callback's state. For use
+    without a Trainer :class:`~lightning_trust.callbacks.SavePrompt` writes a trigger that is not for text.
 
     Paper: Fairness Reprogramming (NeurIPS 2022).
 

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from lightning_trust.callbacks import AdversarialDebiasing, FairnessEvaluation, FairnessReprogramming
+from lightning_trust.callbacks import AdversarialDebiasing, FairnessEvaluation, FairnessReprogramming, SavePrompt
 from lightning_trust.core.wrapping import checksum
 from lightning_trust.metrics import DemographicParityGap, EqualizedOddsGap, WorstGroupAccuracy
 from lightning_trust.nn import (
@@ -21,6 +21,7 @@ from lightning_trust.nn import (
     ConcatTrigger,
     FairnessAdversary,
     WatermarkPrompt,
+    load_prompt,
 )
 from tests.conformance import BATCH, CLASSES, CallbackConformance, Data, Host, rows
 from tests.two_ranks import QUIET, assert_equal_states, fit_on_two_ranks
@@ -345,6 +346,14 @@ def test_checkpoint_of_the_best_worst_group(tmp_path):
         Images(), loaders()["val_dataloaders"], ckpt_path=best.best_model_path, verbose=False
     )
     assert found["trust/worst_group_acc"] == pytest.approx(float(best.best_model_score), abs=1e-6)
+
+
+def test_trigger_goes_into_files_that_load_without_a_trainer(tmp_path):
+    host, callback = Images(), reprogramming(trigger=BorderTrigger(8, 1, channels=1), num_classes=2)
+    made(tmp_path, callback, SavePrompt()).fit(host, **loaders())
+    loaded = load_prompt(tmp_path / "prompt", host.net.eval())
+    x = tinted(seed=1).tensors[0]
+    assert torch.equal(loaded(x), host.net(callback.trigger(x)))
 
 
 # -- what it is for ----------------------------------------------------------------------------------------------------

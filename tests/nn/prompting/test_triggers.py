@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from lightning_trust.nn import BorderTrigger, ConcatTrigger, PatchTrigger
+from lightning_trust.nn import BorderTrigger, ConcatTrigger, PatchTrigger, VisualPrompt, load_prompt, save_prompt
 
 
 def images(size=12, channels=3, rows=2):
@@ -84,6 +85,24 @@ def test_table_is_weighed_and_shifted(mask):
     scale = torch.tensor([2.0, 0.0, 1.0]) if mask else torch.ones(3)
     assert torch.equal(trigger(rows), rows * scale + torch.tensor([0.0, 1.0, 2.0]))
     assert sum(parameter.numel() for parameter in trigger.parameters()) == (6 if mask else 3)
+
+
+@pytest.mark.parametrize(
+    ("trigger", "network", "inputs"),
+    [
+        (BorderTrigger(12, 3), nn.Sequential(nn.Flatten(), nn.Linear(432, 2)), images(20)),
+        (PatchTrigger(12, 4, "br"), nn.Sequential(nn.Flatten(), nn.Linear(432, 2)), images()),
+        (ConcatTrigger(3), nn.Linear(3, 2), torch.ones(2, 3)),
+    ],
+    ids=lambda each: type(each).__name__,
+)
+def test_goes_into_two_small_files(tmp_path, trigger, network, inputs):
+    for parameter in trigger.parameters():
+        parameter.data += 0.3
+    save_prompt(tmp_path, VisualPrompt(trigger), network)
+    loaded = load_prompt(tmp_path, network)
+    assert torch.equal(loaded(inputs), network(trigger(inputs)))
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= 1.1 * trigger.num_bytes + 4096
 
 
 def test_bad_input():
