@@ -248,6 +248,8 @@ def result(found: Sequence[dict[str, Any]]) -> TableResult:
                 {
                     **{name: row.get(name) for name in columns},
                     "time": row["seconds"] / whole[row["seed"]] if row["ratio"] and row["seed"] in whole else None,
+                    # a draw has no scores
+                    "zero": None if row["run"] == "random classes" else row.get("zero"),
                     "overlap": overlap(row, rows),
                 },
             )
