@@ -174,24 +174,26 @@ class AutoVPTuner:
     def table(self) -> Table:
         """The trials as a table, best first."""
         table = Table(title=f"AutoVP: {len(self.results)} trials by {self.metric}")
-        for name in ("Rank", "Backbone and mapping", "Scale", "Learned", "lr", "Weight decay"):
-            table.add_column(name)
-        for name in (self.metric, "Epochs", "Seconds", "State"):
-            table.add_column(name, justify="right")
-        for row in self.results:
-            config: VPConfig = row["config"]
-            table.add_row(
-                str(row["rank"]),
-                row["family"],
-                f"{config.scale:g}",
-                "yes" if config.learn_scale else "no",
-                f"{config.lr:g}",
-                f"{config.weight_decay:g}",
-                "-" if row["value"] is None else f"{row['value']:.4f}",
-                str(row["epochs"]),
-                f"{row['seconds']:.1f}",
-                row["state"],
-            )
+        configs: list[VPConfig] = [row["config"] for row in self.results]
+        columns: dict[str, list[str]] = {
+            "#": [str(row["rank"]) for row in self.results],
+            "Backbone and mapping": [row["family"] for row in self.results],
+            "Scale": [f"{config.scale:g}{', learned' if config.learn_scale else ''}" for config in configs],
+            "lr": [f"{config.lr:g}" for config in configs],
+            "Decay": [f"{config.weight_decay:g}" for config in configs],
+            self.metric: ["-" if row["value"] is None else f"{row['value']:.4f}" for row in self.results],
+            "Epochs": [str(row["epochs"]) for row in self.results],
+            "Seconds": [f"{row['seconds']:.1f}" for row in self.results],
+            "State": [row["state"] for row in self.results],
+        }
+        for name in ("lr", "Decay"):
+            # what was not searched over takes no place
+            if len(set(columns[name])) == 1:
+                columns.pop(name)
+        for name in columns:
+            table.add_column(name, justify="right" if name in ("#", self.metric, "Epochs", "Seconds") else "left")
+        for cells in zip(*columns.values(), strict=True):
+            table.add_row(*cells)
         return table
 
     def _plan(self, grid: VPGrid) -> SearchPlan:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,14 @@ def search_with_optuna(objective: Objective, plan: SearchPlan) -> list[TrialOutc
     states = optuna.trial.TrialState
     # a value is a place in the list: lists may hold anything, and None
     places = {name: list(range(len(values))) for name, values in plan.values.items()}
-    study = optuna.create_study(
-        storage=_storage(optuna, plan.storage),
-        study_name=_STUDY,
-        direction="maximize" if plan.mode == "max" else "minimize",
-        pruner=_pruner(optuna, plan),
-        load_if_exists=True,
-    )
+    with _without_hints(optuna):
+        study = optuna.create_study(
+            storage=_storage(optuna, plan.storage),
+            study_name=_STUDY,
+            direction="maximize" if plan.mode == "max" else "minimize",
+            pruner=_pruner(optuna, plan),
+            load_if_exists=True,
+        )
     _same_search(study, plan)
 
     def chosen(params: Mapping[str, int]) -> dict[str, Any]:
@@ -96,6 +98,16 @@ def _optuna() -> Any:
             "AutoVP with backend='optuna' needs Optuna. Install it with `pip install lightning_trust[tune]`."
         ) from error
     return optuna
+
+
+@contextmanager
+def _without_hints(optuna: Any) -> Iterator[None]:
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(before)
 
 
 def _storage(optuna: Any, path: str | None) -> Any:
