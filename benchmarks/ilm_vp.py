@@ -169,8 +169,8 @@ def result(found: Sequence[dict[str, Any]]) -> TableResult:
     return TableResult.measured_here(
         "ilm-vp",
         experiment="a CNN of 35,288 weights that tells ten garments in four rotations apart, frozen, reads digits of 16"
-        " pixels on a canvas of 28; 1,237 training rows, 360 test rows, 15 epochs of batches of 32; a CLIP model of 164,864"
-        " weights in its image tower, 4,000 training rows, 2,000 test rows, 15 epochs of batches of 128",
+        " pixels on a canvas of 28; 1,237 training rows, 360 test rows, 15 epochs of batches of 32; a CLIP model of"
+        " 164,864 weights in its image tower, 4,000 training rows, 2,000 test rows, 15 epochs of batches of 128",
         columns=columns,
         rows=[
             TableRow(row["run"], row["seed"], row.get("scenario", DIGITS), {name: row.get(name) for name in columns})
