@@ -81,7 +81,7 @@ MADE = {"advmoe": "moe", "robust_mode_connectivity": "curve", "tensor_bp_free": 
 #: what a paper's run would download
 OFFLINE = {
     "saliency_guided_adversarial_training": ("--model.init_args.network_args={pretrained: false}",),
-    "ilm_vp": ("--model.init_args.backbone_args={pretrained: false}",),
+    **dict.fromkeys(("autovp", "ilm_vp"), ("--model.init_args.backbone_args={pretrained: false}",)),
     "mezo": (
         "--model.init_args.model=null",
         "--model.init_args.config={model_type: opt, vocab_size: 20, hidden_size: 8, word_embed_proj_dim: 8,"
@@ -90,6 +90,10 @@ OFFLINE = {
 }
 #: sizes and classes of the user's own run, where an overlay names some
 FITTED = {
+    "autovp": (
+        ("image_size: 128, out_size: 224, channels: 3", "image_size: 8, out_size: 8, channels: 1"),
+        ("num_source: 1000, num_target: 10", "num_source: 3, num_target: 3"),
+    ),
     "c_avp": (
         (
             "num_prompts: 10, image_size: 32, channels: 3, size: 8",
@@ -114,6 +118,7 @@ FITTED = {
 TAKEN = {
     **dict.fromkeys(("mezo", "tensor_bp_free"), ("optimizer", "--trainer.gradient_clip_val=null")),
     # a prompt has an optimizer of its own
+    "autovp": ("optimizer",),
     "ilm_vp": ("optimizer",),
     "c_avp": ("optimizer",),
     "fairness_reprogram": ("optimizer",),

@@ -251,7 +251,7 @@ class VPConfig:
             **_plain(trainer or {}),
             "callbacks": [
                 *([_node("IterativeLabelMapping", counting)] if self.mapping in ("frequency", "iterative") else []),
-                {"class_path": "ScaleMonitor"},
+                _node("ScaleMonitor", {}),
                 _node("SavePrompt", saving),
                 _node("ModelCheckpoint", keeping),
                 *_plain((trainer or {}).get("callbacks", [])),
