@@ -56,7 +56,7 @@ COLUMNS = {
     "trained": Column("Trained numbers", "number"),
     "seconds": Column("Seconds", "seconds"),
 }
-LMBDAS = (0.0, 0.1, 1.0, 10.0)
+LMBDAS = (0.0, 0.1, 1.0, 3.0, 10.0)
 GARMENTS, STUDY = "upper body or not, on red and green", "diabetes, by sex"
 
 
