@@ -288,8 +288,9 @@ def rows_of(seeds: Sequence[int], folder: Path, budget: Budget, known: Sequence[
 
 def result(found: Sequence[dict[str, Any]]) -> TableResult:
     """The rows as a result, in the order of the runs."""
-    order = {(row["scenario"], row["run"]): place for place, row in reversed(list(enumerate(found)))}
-    rows = sorted(found, key=lambda row: (order[row["scenario"], row["run"]], row["seed"]))
+    tasks = [make(Budget(), 1) for make in (garments, study)]
+    order = [(task.name, run) for task in tasks for run in runs(task, 1, Path(), Budget())]
+    rows = sorted(found, key=lambda row: (order.index((row["scenario"], row["run"])), row["seed"]))
     return TableResult(
         method="fairness-reprogram",
         experiment="Garments of Fashion-MNIST on red and green grounds, which agree with the class in 90 % of 12,000"
