@@ -287,6 +287,22 @@ METHODS: tuple[MethodEntry, ...] = (
         ),
     ),
     _entry(
+        "autovp",
+        "Search for the size, the mapping and the network of a visual prompt, and write the best as a configuration",
+        (Paper("AutoVP: An Automated Visual Prompting Framework and Benchmark", "ICLR 2024, arXiv:2310.08381"),),
+        "prompting",
+        (
+            "lightning_trust.recipes.AutoVPTuner",
+            "lightning_trust.recipes.VPSearchSpace",
+            "lightning_trust.recipes.VPConfig",
+            "lightning_trust.nn.FramePrompt",
+            "lightning_trust.nn.LearnableScale",
+            "lightning_trust.nn.FullyMapping",
+            "lightning_trust.callbacks.ScaleMonitor",
+        ),
+        room="recipes",
+    ),
+    _entry(
         "c-avp",
         "Make a frozen classifier more robust by a learned frame for every class, evaluated blind and adaptively",
         (
