@@ -25,6 +25,7 @@ import lightning_trust.metrics
 import lightning_trust.modules
 import lightning_trust.nn
 import lightning_trust.optim
+import lightning_trust.recipes
 from benchmarks.curve_results import CurveResult, drawing
 from benchmarks.results import Result
 from benchmarks.robustness_results import RobustnessResult, RobustnessRow
@@ -45,6 +46,7 @@ ROOMS = (
     lightning_trust.modules,
     lightning_trust.nn,
     lightning_trust.optim,
+    lightning_trust.recipes,
 )
 NOT_YET = "Not measured yet."
 NOTE = (

@@ -120,6 +120,10 @@ class AutoVPTuner:
         self.console = console
         self.results: list[dict[str, Any]] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What goes to other processes: a terminal does not."""
+        return {**self.__dict__, "console": None}
+
     def search(self, datamodule: pl.LightningDataModule) -> VPConfig:
         """Run the trials, print a ranked table, and give the best configuration.
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import os
 import random
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_trust.core.files import read_json, write_json
 from lightning_trust.recipes.prompting.vp_trial import Objective, SearchPlan, TrialOutcome
@@ -50,12 +54,20 @@ def search_with_ray(objective: Objective, plan: SearchPlan) -> list[TrialOutcome
         return dict(zip(names, config["grid"], strict=True)) if "grid" in config else dict(config)
 
     def run(config: Mapping[str, Any]) -> None:
+        done = 0
+
         def report(epochs: int, value: float) -> bool:
+            nonlocal done
+            done = epochs
             # Ray ends the trial itself
             tune.report({"value": value, "epochs": epochs})
             return False
 
-        objective(chosen(flat(config)), report)
+        try:
+            objective(chosen(flat(config)), report)
+        except Exception as error:
+            # a trial that ends with an error forgets what was chosen
+            tune.report({"value": math.nan, "epochs": done, "error": f"{type(error).__name__}: {error}"})
 
     places = {name: list(range(len(values))) for name, values in plan.values.items()}
     searcher = None
@@ -85,7 +97,11 @@ def search_with_ray(objective: Objective, plan: SearchPlan) -> list[TrialOutcome
                 run_config=tune.RunConfig(name=_NAME, storage_path=str(folder), verbose=0),
             )
         results = tuner.fit()
-        return [_outcome(number, result, chosen(flat(result.config)), plan) for number, result in enumerate(results)]
+        # a worker that was lost tells nothing, not even what was chosen
+        told = [result for result in results if result.config]
+        if len(told) < len(results):
+            rank_zero_warn(f"AutoVP: {len(results) - len(told)} trials were lost with their workers, the rest counts.")
+        return [_outcome(number, result, chosen(flat(result.config)), plan) for number, result in enumerate(told)]
 
 
 def _ray() -> tuple[Any, Any]:
@@ -105,6 +121,9 @@ def _started(ray: Any) -> Iterator[None]:
     key, running = "RAY_CHDIR_TO_TRIAL_DIR", ray.is_initialized()
     before = os.environ.get(key)
     os.environ[key] = "0"
+    # Ray puts handlers of its own in their place and leaves them there
+    caught = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
+    handlers = {number: signal.getsignal(number) for number in caught}
     try:
         if not running:
             ray.init(log_to_driver=False, **({} if "RAY_ADDRESS" in os.environ else {"include_dashboard": False}))
@@ -115,6 +134,9 @@ def _started(ray: Any) -> Iterator[None]:
         os.environ.pop(key)
         if before is not None:
             os.environ[key] = before
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 def _searcher(plan: SearchPlan) -> Any:
@@ -153,13 +175,14 @@ def _same_search(folder: Path, plan: SearchPlan) -> None:
 def _outcome(number: int, result: Any, choices: dict[str, Any], plan: SearchPlan) -> TrialOutcome:
     metrics = result.metrics or {}
     value, epochs = metrics.get("value"), int(metrics.get("epochs", 0))
-    failed = result.error is not None or value is None or value != value
+    value = None if value is None or math.isnan(value) else float(value)
+    failed = result.error is not None or value is None
     return TrialOutcome(
         number,
         choices,
         "failed" if failed else "complete" if epochs >= plan.max_epochs else "pruned",
-        None if value is None else float(value),
+        value,
         epochs,
         float(metrics.get("time_total_s", 0.0)),
-        None if result.error is None else str(result.error).strip().splitlines()[-1],
+        metrics.get("error", None if result.error is None else str(result.error).strip().splitlines()[-1]),
     )
