@@ -286,10 +286,10 @@ def rows_of(seeds: Sequence[int], folder: Path, budget: Budget, known: Sequence[
                         yield {"scenario": task.name, "run": name, "seed": seed, **values}
 
 
-def result(found: Sequence[dict[str, Any]]) -> TableResult:
+def result(found: Sequence[dict[str, Any]], budget: Budget) -> TableResult:
     """The rows as a result, in the order of the runs."""
-    tasks = [make(Budget(), 1) for make in (garments, study)]
-    order = [(task.name, run) for task in tasks for run in runs(task, 1, Path(), Budget())]
+    tasks = [make(budget, 1) for make in (garments, study)]
+    order = [(task.name, run) for task in tasks for run in runs(task, 1, Path(), budget)]
     rows = sorted(found, key=lambda row: (order.index((row["scenario"], row["run"])), row["seed"]))
     return TableResult(
         method="fairness-reprogram",
@@ -335,7 +335,7 @@ def main() -> None:
             file.write(json.dumps(row) + "\n")
             file.flush()
             known.append(row)
-    print(result(known).write(Path(arguments.output)))
+    print(result(known, Budget()).write(Path(arguments.output)))
 
 
 if __name__ == "__main__":
