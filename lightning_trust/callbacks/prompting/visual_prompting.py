@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import OptimizerCallable
 from torch import nn
 
 from lightning_trust.core.learning_rates import LearningRates
 from lightning_trust.core.wrapping import SurroundingCallback
-from lightning_trust.nn.prompting.label_mapping import LabelMapping
+from lightning_trust.nn.prompting.label_mapping import check_fitted
 from lightning_trust.nn.prompting.visual_prompt import VisualPrompt
 
 
@@ -85,14 +84,4 @@ class VisualPrompting(SurroundingCallback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuse a mapping that nobody counts."""
         super().on_train_start(trainer, pl_module)
-        mapping = self.mapping
-        if isinstance(mapping, LabelMapping) and not bool(mapping.fitted):
-            remedy = (
-                "Call `mapping.fit_similarity(...)` first."
-                if mapping.method == "semantic"
-                else "Add the callback IterativeLabelMapping."
-            )
-            raise MisconfigurationException(
-                f"LabelMapping(method='{mapping.method}') has no source classes yet and {type(self).__name__} does not"
-                f" find them. {remedy}"
-            )
+        check_fitted(self.mapping, type(self).__name__)

@@ -14,6 +14,7 @@ from lightning_trust.core.learning_rates import LearningRates, scheduled
 from lightning_trust.core.wrapping import Surrounded
 from lightning_trust.modules.image_classifier import ImageClassifier
 from lightning_trust.nn import VisualPrompt, create_backbone
+from lightning_trust.nn.prompting.label_mapping import check_fitted
 
 
 class VisualPromptClassifier(ImageClassifier):
@@ -99,6 +100,10 @@ class VisualPromptClassifier(ImageClassifier):
     def mapping(self) -> nn.Module | None:
         """The mapping."""
         return self.network.part.mapping  # type: ignore[union-attr, return-value]
+
+    def on_train_start(self) -> None:
+        """Refuse a mapping that nobody counts."""
+        check_fitted(self.mapping, type(self).__name__)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """An optimizer of what is trained, and its learning rate per step unless it is constant."""

@@ -83,7 +83,7 @@ class LearnableScale(nn.Module, HyperparametersMixin):
     def occupied(self) -> int:
         """Side of the square that the image takes, in pixels."""
         # 0.7 * 10 is 6.999...
-        return max(1, min(int(self.image_size * float(self.scale) + 1e-6), self.out_size))
+        return max(1, min(int(self.image_size * float(self.scale.detach()) + 1e-6), self.out_size))
 
     def forward(self, x: Tensor) -> tuple[Tensor, int]:
         """Images to canvases, and the side of the square that they take."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin
 from torch import Tensor, nn
 
@@ -180,3 +181,26 @@ class LabelMapping(nn.Module, HyperparametersMixin):
             for target, some in enumerate(self.indices.tolist())
             for source in some
         }
+
+
+def check_fitted(mapping: nn.Module | None, owner: str) -> None:
+    """Refuse to train through a mapping that has no source classes yet.
+
+    Args:
+        mapping: The mapping of a prompt, of whatever kind.
+        owner: Who trains, for the message.
+
+    Raises:
+        MisconfigurationException: If it is to be counted or read off names, and nobody has.
+
+    """
+    if isinstance(mapping, LabelMapping) and not bool(mapping.fitted):
+        remedy = (
+            "Call `mapping.fit_similarity(...)` first."
+            if mapping.method == "semantic"
+            else "Add the callback IterativeLabelMapping."
+        )
+        raise MisconfigurationException(
+            f"LabelMapping(method='{mapping.method}') has no source classes yet and {owner} does not find them."
+            f" {remedy}"
+        )

@@ -57,6 +57,8 @@ def test_a_checkpoint_loads_again(tmp_path):
 
 
 def test_bad_input():
+    with pytest.raises(MisconfigurationException, match="VisualPromptClassifier does not find them. Add the callback"):
+        trainer(max_epochs=1).fit(classifier("frequency"), digits())
     plain = ImageClassifier("MLP", network_args={"image_size": 16})
     with pytest.raises(MisconfigurationException, match="`backbone_args` is for a network given by name"):
         classifier(backbone_args={"num_classes": 40})
