@@ -157,7 +157,7 @@ def tuned(
     seconds = time.perf_counter() - start
     part = callback.part if isinstance(callback, FairnessReprogramming) else host
     count = sum(parameter.numel() for parameter in part.parameters())
-    return {**measured(host, callback, task.data()), "trained": float(count), "seconds": seconds}
+    return {**measured(host, callback, task.data(train_rows=1)), "trained": float(count), "seconds": seconds}
 
 
 def reprogrammed(task: Task, trigger: str, criterion: Any, lmbda: float, seed: int) -> FairnessReprogramming:
@@ -236,7 +236,11 @@ def runs(task: Task, seed: int, folder: Path, budget: Budget) -> dict[str, Calla
     def base() -> dict[str, float]:
         host = base_model(task, seed, folder)
         count = sum(parameter.numel() for parameter in host.parameters())
-        return {**measured(host, FairnessEvaluation(), task.data()), "trained": float(count), "seconds": None}
+        return {
+            **measured(host, FairnessEvaluation(), task.data(train_rows=1)),
+            "trained": float(count),
+            "seconds": None,
+        }
 
     def from_scratch(lmbda: float) -> dict[str, float]:
         start = time.perf_counter()
@@ -244,7 +248,7 @@ def runs(task: Task, seed: int, folder: Path, budget: Budget) -> dict[str, Calla
         host = base_model(task, seed, folder, callback)
         seconds = time.perf_counter() - start
         count = sum(parameter.numel() for parameter in host.parameters())
-        return {**measured(host, callback, task.data()), "trained": float(count), "seconds": seconds}
+        return {**measured(host, callback, task.data(train_rows=1)), "trained": float(count), "seconds": seconds}
 
     def one(trigger: str, criterion: str, lmbda: float, count: int | None, passes: int) -> dict[str, float]:
         return tuned(task, seed, folder, reprogrammed(task, trigger, criterion, lmbda, seed), count, passes)
