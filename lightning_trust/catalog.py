@@ -343,7 +343,7 @@ METHODS: tuple[MethodEntry, ...] = (
         (
             Paper(
                 "Selectivity Drives Productivity: Efficient Dataset Pruning for Enhanced Transfer Learning",
-                "NeurIPS 2023",
+                "NeurIPS 2023, arXiv:2310.08782",
             ),
         ),
         "prompting",
@@ -354,6 +354,7 @@ METHODS: tuple[MethodEntry, ...] = (
             "lightning_trust.datamodules.RandomClassPruner",
             "lightning_trust.datamodules.ModeratePruner",
             "lightning_trust.datamodules.GradNormPruner",
+            "lightning_trust.datamodules.ClassMeanPruner",
             "lightning_trust.datamodules.PrunedDataModule",
             "lightning_trust.datamodules.PrunedDataset",
             "lightning_trust.modules.TransferClassifier",
