@@ -12,6 +12,13 @@ from torch import nn
 from lightning_trust.cli import main
 from lightning_trust.nn import LabelMapping, PadPrompt, VisualPrompt, save_prompt
 from lightning_trust.report import collect, page, print_collection
+from lightning_trust.report.prompting import spectrum
+
+
+def pictures(text):
+    """What is drawn, by its alternative text."""
+    found = re.findall(r'alt="([^"]+)" src="data:image/png;base64,([^"]+)"', text)
+    return {alt: imread(io.BytesIO(base64.b64decode(content))) for alt, content in found}
 
 
 @pytest.fixture
@@ -37,7 +44,7 @@ def test_page_shows_the_pattern_and_what_classes_stand_for(run):
     assert "&lt;no&gt;" in text
     assert '<td class="words">dog</td>' in text
     assert "val/acc 0.875" in text
-    picture = imread(io.BytesIO(base64.b64decode(re.search(r"data:image/png;base64,([^\"]+)", text)[1])))
+    picture = pictures(text)["prompt of digits"]
     assert picture.shape[:2] == (8, 8)
     # grey inside, and the frame from its smallest to its largest value
     assert np.allclose(picture[2:6, 2:6, :3], 0.5, atol=0.01)
@@ -46,6 +53,37 @@ def test_page_shows_the_pattern_and_what_classes_stand_for(run):
     values = pattern[frame]
     expected = (values - values.min()) / (values.max() - values.min())
     assert np.allclose(picture[..., 0][frame.numpy()], expected.numpy(), atol=0.01)
+
+
+def test_page_shows_the_frequencies(run):
+    folder, part = run
+    picture = pictures(page(collect([folder])))["frequencies of the prompt of digits"][..., 0]
+    pattern, frame = part.prompt.pattern()[0].numpy(), part.prompt.mask[0].numpy()
+    # one term after the other
+    places = np.arange(8)
+    wave = np.exp(-2j * np.pi * np.outer(places - 4, places) / 8)
+    magnitude = np.log1p(np.abs(wave @ (frame * (pattern - pattern[frame > 0].mean())) @ wave.T))
+    assert magnitude[4, 4] < 1e-5
+    expected = (magnitude - magnitude.min()) / (magnitude.max() - magnitude.min())
+    assert np.allclose(picture, expected, atol=0.01)
+
+
+def test_an_untrained_frame_has_no_frequencies_and_a_wave_has_its_own():
+    assert spectrum(PadPrompt(4, 8).pattern()).max() < 1e-5
+    height, width = torch.meshgrid(torch.arange(12), torch.arange(12), indexing="ij")
+    wave = 0.5 + 0.25 * torch.cos(2 * torch.pi * (2 * height - 3 * width) / 12)
+    found = spectrum(torch.stack([wave, wave, torch.full_like(wave, 0.3)]))
+    expected = torch.zeros(12, 12)
+    # half of the amplitude times the pixels on either side of the middle, in two of three channels
+    expected[6 + 2, 6 - 3] = expected[6 - 2, 6 + 3] = 0.125 * 144 * 2 / 3
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_a_prompt_that_is_nowhere_is_drawn(tmp_path):
+    part = VisualPrompt(PadPrompt(8, 8, channels=1), LabelMapping(5, 2, "fixed", indices=[3, 1]))
+    save_prompt(tmp_path / "prompt", part, nn.Linear(2, 5))
+    found = pictures(page(collect([tmp_path])))
+    assert [float(image[..., 0].max()) for image in found.values()] == pytest.approx([0.5, 0.0], abs=0.01)
 
 
 def test_terminal_shows_a_line_a_prompt(run, capsys):
