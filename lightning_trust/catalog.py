@@ -232,6 +232,8 @@ METHODS: tuple[MethodEntry, ...] = (
         (
             "lightning_trust.callbacks.SaliencyGuidedAdversarialTraining",
             "lightning_trust.callbacks.OODEvaluation",
+            "lightning_trust.metrics.SaliencyMass",
+            "lightning_trust.metrics.GroupBootstrap",
             "lightning_trust.datamodules.ShortcutFashionMNIST",
             "lightning_trust.datamodules.CXRDataModule",
         ),

@@ -32,11 +32,13 @@ class XRayRows(Dataset[Sample]):
         paths: The files.
         targets: Findings, 0 or 1, shape ``(N, K)``.
         size: Pixels a side: the shorter side is scaled to it, the longer one cut at both ends.
+        groups: The patient of each file, over which intervals are taken; each file is of another if None.
 
     """
 
-    def __init__(self, paths: Sequence[Path], targets: Tensor, size: int) -> None:
+    def __init__(self, paths: Sequence[Path], targets: Tensor, size: int, groups: Sequence[str] | None = None) -> None:
         self.paths = list(paths)
+        self.groups = list(groups) if groups is not None else [str(path) for path in self.paths]
         self.targets = targets
         self.size = size
 
@@ -240,7 +242,7 @@ class CXRDataModule(pl.LightningDataModule):
             raise FileNotFoundError(f"Expected the images of '{self.source}', such as {kept[0].path}, to be there.")
         values = torch.tensor([ray.findings for ray in kept]).view(len(kept), self.num_classes)
         values = torch.where(values == UNCERTAIN, float(self.uncertain == "ones"), values)
-        return XRayRows([ray.path for ray in kept], values, self.image_size)
+        return XRayRows([ray.path for ray in kept], values, self.image_size, [ray.patient for ray in kept])
 
     def _loader(self, dataset: XRayRows, shuffle: bool = False) -> DataLoader[Sample]:
         return DataLoader(

@@ -10,6 +10,7 @@ from lightning_trust.functional.adversarial.curve import (
     polychain_coefficients,
 )
 from lightning_trust.functional.adversarial.grad_align import gradient_misalignment
+from lightning_trust.functional.adversarial.group_bootstrap import group_bootstrap_interval
 from lightning_trust.functional.adversarial.losses import dlr_loss, dlr_loss_targeted, kl_divergence, margin
 from lightning_trust.functional.adversarial.mart import mart_loss
 from lightning_trust.functional.adversarial.projections import (
@@ -46,6 +47,7 @@ __all__ = [
     "dlr_loss_targeted",
     "expert_shares",
     "gradient_misalignment",
+    "group_bootstrap_interval",
     "hyperplane_step",
     "kl_divergence",
     "linear_minimiser",

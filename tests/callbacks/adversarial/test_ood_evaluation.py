@@ -1,4 +1,4 @@
-"""OODEvaluation: figures by hand, AUROC, class names; the planted shortcut does what it says."""
+"""OODEvaluation: figures by hand, AUROC, intervals, class names; the planted shortcut does what it says."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import math
 from typing import ClassVar
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
+from scipy.stats import bootstrap
 from sklearn.metrics import roc_auc_score
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_trust.callbacks import OODEvaluation
-from lightning_trust.callbacks.adversarial.ood_evaluation import accuracy, mean_auroc
+from lightning_trust.callbacks.adversarial.ood_evaluation import accuracy, groups_of, mean_auroc
 from lightning_trust.datamodules import ShortcutFashionMNIST
 from tests.callbacks.adversarial.test_adversarial_training import Images, images
 from tests.conformance import CallbackConformance, Data
@@ -69,6 +71,52 @@ def test_auroc_is_scikit_learns_and_skips_labels_of_one_value():
         mean_auroc(logits, targets[:, 0])
     with pytest.raises(ValueError, match=r"classes of shape \(N,\)"):
         accuracy(logits, targets)
+
+
+class Patients(Sites):
+    """Every image three times, and, if asked for, who it is of."""
+
+    def __init__(self, seed: int = 0, groups: bool = True) -> None:
+        super().__init__(seed)
+        self.groups = groups
+
+    def test_dataloader(self):
+        x, y = images(20, seed=self.seed).tensors
+        dataset = TensorDataset(x.repeat(3, 1, 1, 1), y.repeat(3))
+        if self.groups:
+            dataset.groups = [f"p{number}" for number in range(20)] * 3
+        return DataLoader(dataset, batch_size=7)
+
+
+def test_intervals_are_over_patients_where_the_data_tell_them():
+    host = Tested()
+    callback = OODEvaluation({"patients": Patients(1), "rows": Patients(1, groups=False)}, resamples=600)
+    (found,) = pl.Trainer(callbacks=[callback], **QUIET).test(host, Sites(0), verbose=False)
+    for name, seed, keys in (
+        ("home", 0, ("trust/id_acc_low", "trust/id_acc_high")),
+        ("patients", 1, ("trust/ood_acc_low/patients", "trust/ood_acc_high/patients")),
+    ):
+        x, y = images(20, seed=seed).tensors
+        right = (host.net(x).argmax(1) == y).double().numpy()
+        expected = bootstrap((right,), np.mean, n_resamples=4000, method="percentile", rng=0).confidence_interval
+        # of 20 patients: steps of 1/20
+        assert [found[key] for key in keys] == pytest.approx([expected.low, expected.high], abs=0.051), name
+    widths = {
+        name: found[f"trust/ood_acc_high/{name}"] - found[f"trust/ood_acc_low/{name}"] for name in ("patients", "rows")
+    }
+    assert widths["patients"] > 1.3 * widths["rows"] > 0.0
+    assert found["trust/ood_acc/patients"] == found["trust/ood_acc/rows"]
+
+
+def test_groups_of_a_part_and_of_the_wrong_length():
+    dataset = Patients().test_dataloader().dataset
+    assert groups_of(Subset(dataset, [0, 20, 1])).tolist() == [0, 0, 1]
+    assert groups_of(images(3)).tolist() == [0, 1, 2]
+    dataset.groups = torch.tensor([4, 4])
+    with pytest.raises(ValueError, match="`groups` of TensorDataset to hold the group of each of 60 rows, but got 2"):
+        groups_of(dataset)
+    with pytest.raises(ValueError, match="`resamples` to be at least 0, but got -1"):
+        OODEvaluation({"x": Sites()}, resamples=-1)
 
 
 class Labels(Sites):

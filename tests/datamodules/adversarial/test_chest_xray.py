@@ -13,6 +13,7 @@ from PIL import Image
 
 from lightning_trust.attacks import PGD
 from lightning_trust.callbacks import OODEvaluation, SaliencyGuidedAdversarialTraining
+from lightning_trust.callbacks.adversarial.ood_evaluation import groups_of
 from lightning_trust.datamodules import CXRDataModule
 from lightning_trust.datamodules.adversarial.chest_xray import grey_image
 from lightning_trust.modules import MultiLabelClassifier
@@ -186,6 +187,7 @@ def test_nih(root):
     assert (len(train), len(val), test) == (2, 2, {"00000004", "00000005"})
     assert not train & val
     assert column(data.test_dataset, data, "Pleural Effusion") == [0.0, 1.0, 0.0, 0.0]
+    assert groups_of(data.test_dataset).tolist() == [0, 0, 1, 1]  # two images a patient
     assert data.test_dataset.targets[3].tolist() == [float(name in ("Cardiomegaly", "Pneumothorax")) for name in SHARED]
     # byte values, whatever the mode of the file
     images, _ = next(iter(data.test_dataloader()))
@@ -215,19 +217,21 @@ def test_image_is_scaled_on_its_shorter_side_and_cut_in_the_middle(tmp_path):
         grey_image(tmp_path / "deep.png", 8)
 
 
-@pytest.mark.filterwarnings("ignore:Labels .* have one value only", "ignore:.*one value only")
+@pytest.mark.filterwarnings(
+    "ignore:Labels .* have one value only", "ignore:.*one value only", "ignore:.*resamples are left out"
+)
 def test_run_trains_at_one_site_and_is_tested_at_all(root):
     data = made(root, "mimic", batch_size=3)
     sga = SaliencyGuidedAdversarialTraining(PGD(eps=4 / 255, step_size=1 / 255, steps=2), loss="bce")
     host = MultiLabelClassifier(num_classes=7, network_args={"widths": [4]}, schedule="constant")
-    trainer = pl.Trainer(
-        max_epochs=1, callbacks=[sga, OODEvaluation(data.sites(), measure="auroc")], num_sanity_val_steps=0, **QUIET
-    )
+    sites = OODEvaluation(data.sites(), measure="auroc", resamples=40)
+    trainer = pl.Trainer(max_epochs=1, callbacks=[sga, sites], num_sanity_val_steps=0, **QUIET)
     trainer.fit(host, data)
     assert trainer.global_step == 2
     (found,) = trainer.test(host, data, verbose=False)
     assert {"trust/id_auroc", "trust/ood_auroc/nih", "trust/ood_gap/chexpert", "test/loss", "test/auroc"} <= set(found)
     assert 0.0 <= found["trust/ood_auroc/chexpert"] <= 1.0
+    assert 0.0 <= found["trust/ood_auroc_low/chexpert"] <= found["trust/ood_auroc_high/chexpert"] <= 1.0
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
