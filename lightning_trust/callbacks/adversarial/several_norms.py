@@ -15,7 +15,7 @@ from lightning_trust.attacks.worst_of import check_attacks
 from lightning_trust.callbacks.adversarial.adversarial_training import AdversarialTraining
 from lightning_trust.callbacks.adversarial.objectives import AdversarialStep, Crafting, Objective
 from lightning_trust.core.batch import BatchSpec
-from lightning_trust.core.distributed import from_all_ranks
+from lightning_trust.core.distributed import sum_over_ranks_
 from lightning_trust.core.modes import eval_mode
 from lightning_trust.core.step import StepContext
 
@@ -73,13 +73,13 @@ class ExtremeNormTraining(AdversarialTraining):
 
     .. math:: P(p) = \frac{e_p}{\sum_q e_q}
 
-    with the robust error :math:`e_p` in training, over the batches of the last epoch that met norm :math:`p`; in the
-    first epoch all are as likely. The two extreme norms, linf and l1, are enough: what resists both resists those in
-    between. It turns a network that is robust to one norm into one that is robust to several within a few epochs: start
-    from one with :class:`~lightning_trust.callbacks.LoadWeights`.
+    with the robust error :math:`e_p` in training: that of all batches so far that met norm :math:`p`, on all ranks,
+    which goes on with every batch. Until each norm was met all are as likely. The two extreme norms, linf and l1, are
+    enough: what resists both resists those in between. It turns a network that is robust to one norm into one that is
+    robust to several within a few epochs: start from one with :class:`~lightning_trust.callbacks.LoadWeights`.
 
     Paper: Adversarial Robustness against Multiple and Single lp-Threat Models via Quick Fine-Tuning of Robust
-    Classifiers (ICML 2022), which has the error run on over batches.
+    Classifiers (ICML 2022).
 
     Args:
         attacks: The attacks.
@@ -89,7 +89,7 @@ class ExtremeNormTraining(AdversarialTraining):
         seed: Seed of norms and random starts; the one of ``seed_everything`` if None.
 
     Attributes:
-        errors: The robust errors by which this epoch's norms are drawn.
+        errors: The robust errors by which the norm of the next batch is drawn.
 
     Raises:
         ValueError: If there is no attack, one is targeted or has a ``space`` or ``batch_size`` of its own, or they
@@ -113,13 +113,13 @@ class ExtremeNormTraining(AdversarialTraining):
         check_attacks(attacks)
         super().__init__(attacks[0], batch_spec=batch_spec, network=network, name=name, seed=seed)
         self.attacks = list(attacks)
-        self._start_epoch(0, [1.0] * len(attacks))
+        self._norm = 0
+        self._forget()
 
-    def _start_epoch(self, epoch: int, errors: list[float]) -> None:
-        self.errors = errors
-        #: misclassified samples and samples of each norm in the epoch
-        self._counts = torch.zeros(len(self.attacks), 2, dtype=torch.int64)
-        self._epoch = epoch
+    def _forget(self) -> None:
+        self.errors = [1.0] * len(self.attacks)
+        #: misclassified samples and samples of each norm so far
+        self._counts = [[0, 0] for _ in self.attacks]
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Check the budgets against the data."""
@@ -130,41 +130,31 @@ class ExtremeNormTraining(AdversarialTraining):
 
     def begin(self, trainer: Any, host: Any) -> None:
         """All norms are as likely."""
-        self._start_epoch(trainer.current_epoch, [1.0] * len(self.attacks))
+        self._forget()
 
     def resume(self, trainer: Any, host: Any, state: dict[str, Any]) -> None:
         """Go on with the errors."""
-        self.errors, self._counts, self._epoch = list(state["errors"]), state["counts"], state["epoch"]
+        self.errors, self._counts = list(state["errors"]), [list(counts) for counts in state["counts"]]
 
     def state(self) -> dict[str, Any]:
-        """The errors, and what was counted in which epoch."""
-        return {"errors": list(self.errors), "counts": self._counts.cpu(), "epoch": self._epoch}
+        """The errors, and what was counted."""
+        return {"errors": list(self.errors), "counts": [list(counts) for counts in self._counts]}
 
     def prepare(self, host: Any, batch: Any, ctx: StepContext) -> Any:
         """Attack in the norm of this batch, and see how many samples resist."""
-        epoch = ctx.trainer.current_epoch
-        if self._epoch != epoch:
-            # resumed from the last step of an epoch, whose end is then not met
-            self._take_over(epoch)
+        self._norm = self._norm_of(ctx)
         batch = super().prepare(host, batch, ctx)
         network = self.network_of(host)
         with torch.no_grad(), eval_mode(network):
             outputs = network(self.batch_spec.inputs_of(batch))
         targets = self.batch_spec.targets_of(batch)
-        wrong = (outputs.argmax(dim=1) != targets).sum()
-        self._counts = self._counts.to(wrong.device)
-        self._counts[self._norm_of(ctx)] += torch.stack([wrong, torch.ones_like(targets).sum()])
+        met = torch.stack([(outputs.argmax(dim=1) != targets).sum(), torch.ones_like(targets).sum()])
+        # the next norm is drawn alike on all ranks
+        sum_over_ranks_([met])
+        self._counts[self._norm] = [old + new for old, new in zip(self._counts[self._norm], met.tolist(), strict=True)]
+        if all(seen for _, seen in self._counts):
+            self.errors = [wrong / seen for wrong, seen in self._counts]
         return batch
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Take over the errors of this epoch; a norm that no batch met keeps its own."""
-        super().on_train_epoch_end(trainer, pl_module)
-        self._take_over(trainer.current_epoch + 1)
-
-    def _take_over(self, epoch: int) -> None:
-        counts = torch.stack(from_all_ranks(self._counts.cpu())).sum(dim=0).tolist()
-        known = zip(counts, self.errors, strict=True)
-        self._start_epoch(epoch, [wrong / seen if seen else error for (wrong, seen), error in known])
 
     def _norm_of(self, ctx: StepContext) -> int:
         # the same on all ranks
@@ -175,4 +165,4 @@ class ExtremeNormTraining(AdversarialTraining):
         return int(torch.multinomial(weights, 1, generator=generator))
 
     def _current_attack(self, ctx: StepContext) -> Attack:
-        return self.attacks[self._norm_of(ctx)]
+        return self.attacks[self._norm]

@@ -6,17 +6,19 @@ import copy
 from types import SimpleNamespace
 from typing import ClassVar
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_trust.attacks import FGSM, PGD
 from lightning_trust.callbacks import AdversarialTraining, AverageOf, ExtremeNormTraining
 from lightning_trust.core.schedules import LinearWarmup
 from tests.callbacks.adversarial.test_adversarial_training import Images, fit, gradients_of, images, in_a_box
 from tests.conformance import CallbackConformance
+from tests.two_ranks import QUIET, fit_on_two_ranks
 
 COMMON = {"steps": 2, "restarts": 1, "random_start": True, "targeted": False, "loss": "ce", "batch_norm": "eval"}
 NORMS = [
@@ -68,31 +70,64 @@ def test_norms_are_drawn_by_their_errors():
     assert len({callback._norm_of(SimpleNamespace(total_batch_idx=step)) for step in range(30)}) == 3
 
 
-def test_errors_are_those_of_the_batches_that_met_the_norm():
-    class Watch(ExtremeNormTraining):
-        seen: ClassVar[list] = []
+class Watch(ExtremeNormTraining):
+    """Keeps, of each batch, its norm, the samples that the attack alone leaves wrong, and all samples."""
 
-        def prepare(self, host, batch, ctx):
-            crafted = super().prepare(host, batch, ctx)
-            alone = self.attacks[self._norm_of(ctx)](host.net, *batch)
-            assert torch.equal(crafted[0], alone)
-            wrong = (host.net.eval()(alone).argmax(1) != batch[1]).sum().item()
-            host.net.train()
-            self.seen.append((self._norm_of(ctx), wrong, len(alone)))
-            return crafted
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.seen, self.expected = [], []
 
+    def prepare(self, host, batch, ctx):
+        # by what has gone before this batch: all as likely until each norm was met
+        met = [[entry for entry in self.seen if entry[0] == place] for place in range(len(self.attacks))]
+        shares = [sum(wrong for _, wrong, _ in own) / sum(rows for _, _, rows in own) for own in met if own]
+        assert self.errors == (shares if len(shares) == len(met) else [1.0] * len(met))
+        norm = self._norm_of(ctx)
+        crafted = super().prepare(host, batch, ctx)
+        alone = self.attacks[norm](host.net, *batch)
+        assert torch.equal(crafted[0], alone)
+        wrong = (host.net.eval()(alone).argmax(1) != batch[1]).sum().item()
+        host.net.train()
+        self.seen.append((norm, wrong, len(alone)))
+        return crafted
+
+
+def test_errors_run_on_over_all_batches_that_met_the_norm():
     callback = Watch(balls(), seed=2)
-    fit(Images(batch_norm=True), [callback], batches=8, data=DataLoader(images(40), batch_size=5))
-    for place, error in enumerate(callback.errors):
-        own = [(wrong, rows) for norm, wrong, rows in callback.seen if norm == place]
-        assert own
-        assert error == sum(wrong for wrong, _ in own) / sum(rows for _, rows in own)
+    # two epochs of unequal batches
+    trainer = pl.Trainer(max_epochs=2, callbacks=[callback], **QUIET)
+    trainer.fit(Images(batch_norm=True), DataLoader(images(38), batch_size=5))
+    assert len(callback.seen) == 16
+    assert {norm for norm, _, _ in callback.seen} == {0, 1}
+    assert len(set(callback.errors)) == 2
 
 
-def test_norm_without_a_batch_keeps_its_error():
+def test_norms_are_as_likely_until_each_was_met():
     callback = ExtremeNormTraining(balls(), seed=2)
     fit(Images(), [callback], batches=1)
-    assert sorted(callback.errors)[1] == 1.0 > sorted(callback.errors)[0]
+    assert callback.errors == [1.0, 1.0]
+    assert sorted(seen > 0 for _, seen in callback._counts) == [False, True]
+
+
+def test_two_ranks_count_together(tmp_path):
+    def counted(trainer, host):
+        (callback,) = (each for each in trainer.callbacks if isinstance(each, ExtremeNormTraining))
+        return callback.errors, callback._counts
+
+    class Shared(Images):
+        """The ranks share every batch of four."""
+
+        def train_dataloader(self):
+            return DataLoader(data, batch_size=2, sampler=DistributedSampler(data, shuffle=False))
+
+    data = images(24)
+    own = [ExtremeNormTraining(balls(), seed=2)]
+    found = fit_on_two_ranks(tmp_path, Shared(), None, own, counted, max_epochs=1)
+    assert found[0] == found[1]
+    alone = ExtremeNormTraining(balls(), seed=2)
+    fit(Images(), [alone], batches=6, data=DataLoader(data, batch_size=4))
+    assert found[0] == (alone.errors, alone._counts)
+    assert sum(seen for _, seen in alone._counts) == 24
 
 
 def test_bad_input():
