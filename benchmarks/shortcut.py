@@ -23,6 +23,7 @@ from benchmarks.table_results import Column, TableResult, TableRow
 from lightning_trust.attacks import PGD
 from lightning_trust.callbacks import OODEvaluation, SaliencyGuidedAdversarialTraining
 from lightning_trust.datamodules import ShortcutFashionMNIST
+from lightning_trust.metrics import SaliencyMass
 from lightning_trust.modules import ImageClassifier
 
 EPS = 0.1
@@ -37,8 +38,11 @@ COLUMNS = {
     "away": Column("Accuracy at the new site"),
     "home": Column("At home"),
     "gap": Column("Lost on the way", "points"),
+    "mass": Column("Saliency on the garment, new site"),
     "seconds": Column("Training", "seconds"),
 }
+#: a pixel of the clean image above this is one of the garment: the smallest grey value that is not black
+GARMENT = 0.5 / 255
 AMPLITUDES = {"pattern of 0.08, weaker than eps": 0.08, "pattern of 0.5, stronger than eps": 0.5}
 
 
@@ -71,8 +75,23 @@ def run(name: str, amplitude: float, seed: int, rows: int = 8000, epochs: int = 
     (found,) = trainer.test(host, data, verbose=False)
     scenario = next(words for words, value in AMPLITUDES.items() if value == amplitude)
     home, elsewhere = float(found["trust/id_acc"]), float(found["trust/ood_acc/new site"])
-    values = {"home": home, "away": elsewhere, "gap": home - elsewhere, "seconds": seconds}
+    garment = ShortcutFashionMNIST(seed=seed, noise=0.0, **{**shared, "amplitude": 0.0})
+    mass = saliency_on_the_garment(host, away, garment)
+    values = {"home": home, "away": elsewhere, "gap": home - elsewhere, "mass": mass, "seconds": seconds}
     return TableRow(name, seed, scenario, values)
+
+
+def saliency_on_the_garment(host: ImageClassifier, site: ShortcutFashionMNIST, clean: ShortcutFashionMNIST) -> float:
+    """Share of the saliency of a site's test images on what is not background in the same images without a pattern."""
+    clean.prepare_data()
+    clean.setup("test")
+    regions = clean.test_dataset.images[:, 0].float() / 255.0 > GARMENT
+    metric = SaliencyMass()
+    device = host.device
+    for place, (inputs, targets) in enumerate(site.test_dataloader()):
+        rows = regions[place * site.batch_size :][: len(inputs)]
+        metric.update(host.network, inputs.to(device), targets.to(device), rows.to(device))
+    return float(metric.compute())
 
 
 def main() -> None:
