@@ -1,7 +1,8 @@
-"""APGD and its targeted variant: progress, checkpoints, verdicts beside torchattacks."""
+"""APGD and its targeted variant: progress, checkpoints, verdicts beside those of torchattacks and of ART."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -124,6 +125,39 @@ def test_robust_accuracy_of_torchattacks(norm, loss):
     found = APGD(eps, norm, loss, steps=50)(net, x, y, draws=draws(200))
     theirs = torchattacks.APGD(net, norm={"linf": "Linf", "l2": "L2"}[norm], eps=eps, steps=50, loss=loss)(x, y)
     assert abs(int(right(net, found, y).sum()) - int(right(net, theirs, y).sum())) <= 1
+
+
+@pytest.mark.parametrize("loss", ["ce", "dlr"])
+@pytest.mark.parametrize(("norm", "order"), [("linf", np.inf), ("l2", 2)])
+def test_robust_accuracy_of_art(norm, order, loss):
+    # the Adversarial Robustness Toolbox
+    evasion = pytest.importorskip("art.attacks.evasion")
+    from art.estimators.classification import PyTorchClassifier
+
+    net = small()
+    x, y = images(200, net)
+    eps = EPS[norm]
+    classifier = PyTorchClassifier(net, nn.CrossEntropyLoss(), (1, 8, 8), 6, clip_values=(0.0, 1.0), device_type="cpu")
+    theirs = evasion.AutoProjectedGradientDescent(
+        classifier,
+        norm=order,
+        eps=eps,
+        eps_step=2 * eps,
+        max_iter=50,
+        nb_random_init=1,
+        batch_size=200,
+        loss_type={"ce": "cross_entropy", "dlr": "difference_logits_ratio"}[loss],
+        verbose=False,
+    )
+    state = np.random.get_state()
+    np.random.seed(0)
+    try:
+        expected = right(net, torch.from_numpy(theirs.generate(x.numpy(), y.numpy())), y).sum()
+    finally:
+        np.random.set_state(state)
+    found = right(net, APGD(eps, norm, loss, steps=50)(net, x, y, draws=draws(200)), y).sum()
+    assert 20 < expected < 180
+    assert abs(found - expected) <= 1
 
 
 def test_apgd_is_stronger_than_pgd_of_the_same_steps():
