@@ -1,6 +1,11 @@
 """Zeroth-order training: gradients from values alone."""
 
-from lightning_trust.functional.zeroth_order.deepzero import layer_pruning_ratios, zo_grasp_scores
+from lightning_trust.functional.zeroth_order.deepzero import (
+    grasp_masks,
+    grasp_scores,
+    layer_pruning_ratios,
+    zo_grasp_scores,
+)
 from lightning_trust.functional.zeroth_order.estimates import (
     DISTRIBUTIONS,
     Distribution,
@@ -41,6 +46,8 @@ __all__ = [
     "draw_direction_",
     "forward_difference_gradient",
     "forward_gradient",
+    "grasp_masks",
+    "grasp_scores",
     "largest_ranks",
     "layer_pruning_ratios",
     "random_vjp",

@@ -1,4 +1,4 @@
-"""Zeroth-order GraSP: which layers bear pruning, from estimates of the gradient."""
+"""GraSP: which weights and layers bear pruning, from the gradient or from estimates of it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,47 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+
+def grasp_scores(loss: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    r"""Scores of weights by what removing them does to the flow of the gradient, by autograd.
+
+    .. math:: s = -\theta \odot H g, \qquad g = \nabla l(\theta), \quad H g = \nabla (g^\top \mathrm{stop}(g))
+
+    over the weights that are given. Two backward passes; :func:`zo_grasp_scores` needs none.
+
+    Paper: Picking Winning Tickets Before Training by Preserving Gradient Flow (GraSP, ICLR 2020, arXiv:2002.07376).
+
+    Args:
+        loss: :math:`l(\theta)`, a scalar with its graph, which is freed.
+        weights: :math:`\theta` by name, leaves of that graph or not in it.
+
+    Returns:
+        Scores by name, of the weights' shapes; 0 where the loss does not depend on a weight.
+
+    Raises:
+        ValueError: If ``loss`` is no scalar, or has no graph.
+
+    Example:
+        >>> weight, hessian = torch.tensor([1.0, 2.0], requires_grad=True), torch.tensor([[2.0, 0.0], [0.0, 4.0]])
+        >>> grasp_scores(weight @ hessian @ weight / 2, {"w": weight})
+        {'w': tensor([ -4., -64.])}
+
+    """
+    if loss.numel() != 1 or not loss.requires_grad:
+        raise ValueError(
+            f"Expected argument `loss` to be a scalar with a graph, but got shape {tuple(loss.shape)},"
+            f" requires_grad={loss.requires_grad}."
+        )
+    own = list(weights.values())
+    gradients = torch.autograd.grad(loss, own, create_graph=True, allow_unused=True, materialize_grads=True)
+    flow = sum((each * each.detach()).sum() for each in gradients)
+    if isinstance(flow, Tensor) and flow.requires_grad:
+        products = torch.autograd.grad(flow, own, allow_unused=True, materialize_grads=True)
+    else:
+        # a linear loss
+        products = tuple(torch.zeros_like(weight) for weight in own)
+    return {name: -weight.detach() * product for (name, weight), product in zip(weights.items(), products, strict=True)}
 
 
 def zo_grasp_scores(
@@ -40,6 +81,40 @@ def zo_grasp_scores(
     return {name: -weight * (moved[name] - gradients[name]) / mu for name, weight in weights.items()}
 
 
+def grasp_masks(
+    scores: Mapping[str, Tensor], sparsity: float, keep: Literal["abs", "signed"] = "abs"
+) -> dict[str, Tensor]:
+    """Which weights are kept where all of them are ranked together.
+
+    Args:
+        scores: GraSP scores by name of the weight.
+        sparsity: Share of all weights that is pruned, in [0, 1); ``round(sparsity * n)`` of them go.
+        keep: ``"abs"`` prunes the scores nearest to zero, as the released code of DeepZero; ``"signed"`` the largest
+            ones, whose removal raises the flow most, as the papers of both.
+
+    Returns:
+        Masks by name, of the scores' shapes: True where a weight is kept.
+
+    Raises:
+        ValueError: If ``sparsity`` lies outside, or ``keep`` is neither.
+
+    Example:
+        >>> grasp_masks({"a": torch.tensor([0.1, -3.0]), "b": torch.tensor([2.0, 0.2])}, 0.5)
+        {'a': tensor([False,  True]), 'b': tensor([ True, False])}
+
+    """
+    if not 0.0 <= sparsity < 1.0:
+        raise ValueError(f"Expected argument `sparsity` to be a share of zeros in [0, 1), but got {sparsity}.")
+    if keep not in ("abs", "signed"):
+        raise ValueError(f"Expected argument `keep` to be 'abs' or 'signed', but got {keep!r}.")
+    every = torch.cat([score.flatten() for score in scores.values()])
+    order = every.abs() if keep == "abs" else -every
+    kept = torch.ones_like(every, dtype=torch.bool)
+    kept[order.argsort(stable=True)[: round(sparsity * len(every))]] = False
+    parts = kept.split([score.numel() for score in scores.values()])
+    return {name: part.view_as(score) for (name, score), part in zip(scores.items(), parts, strict=True)}
+
+
 def layer_pruning_ratios(
     scores: Mapping[str, Tensor], sparsity: float, keep: Literal["abs", "signed"] = "abs"
 ) -> dict[str, float]:
@@ -68,13 +143,5 @@ def layer_pruning_ratios(
         {'a': 0.0, 'b': 1.0}
 
     """
-    if not 0.0 <= sparsity < 1.0:
-        raise ValueError(f"Expected argument `sparsity` to be a share of zeros in [0, 1), but got {sparsity}.")
-    if keep not in ("abs", "signed"):
-        raise ValueError(f"Expected argument `keep` to be 'abs' or 'signed', but got {keep!r}.")
-    every = torch.cat([score.flatten() for score in scores.values()])
-    order = every.abs() if keep == "abs" else -every
-    pruned = torch.zeros_like(every, dtype=torch.bool)
-    pruned[order.argsort(stable=True)[: round(sparsity * len(every))]] = True
-    parts = pruned.split([score.numel() for score in scores.values()])
-    return {name: float(part.double().mean()) for name, part in zip(scores, parts, strict=True)}
+    kept = grasp_masks(scores, sparsity, keep)
+    return {name: float((~mask).double().mean()) for name, mask in kept.items()}

@@ -7,6 +7,7 @@ from lightning_trust.optim.zeroth_order.hybrid_zo import HybridZO
 from lightning_trust.optim.zeroth_order.mezo import MeZO
 from lightning_trust.optim.zeroth_order.optimizer import ZerothOrderOptimizer
 from lightning_trust.optim.zeroth_order.oracle import Estimate, LossOracle
+from lightning_trust.optim.zeroth_order.pattern_search import PatternSearch
 from lightning_trust.optim.zeroth_order.rge import RGE
 from lightning_trust.optim.zeroth_order.sign_scd import SignSCD
 from lightning_trust.optim.zeroth_order.zo_adam import ZOAdam
@@ -26,6 +27,7 @@ __all__ = [
     "HybridZO",
     "LossOracle",
     "MeZO",
+    "PatternSearch",
     "SignSCD",
     "ZOAdam",
     "ZOConservative",
