@@ -52,6 +52,9 @@ class DynamicSparseGradient(HostCallback):
         samples_per_class: Training samples of each class that ZO-GraSP sees on this rank.
         score: ``"abs"`` as the released code, ``"signed"`` as the paper; see
             :func:`lightning_trust.functional.zeroth_order.layer_pruning_ratios`.
+        normalize: ``"per_tensor"`` for ZO-GraSP with directions of length 1 in every layer, as the released code, which
+            weighs a layer of :math:`n` weights by about :math:`1 / n`; None for estimates of the gradient. See
+            :class:`RGE`.
         batch_spec: Where inputs and targets sit in a batch.
         name: Tells two callbacks of this class apart.
         seed: Seed of the masks and directions; the one of ``seed_everything`` if None.
@@ -83,6 +86,7 @@ class DynamicSparseGradient(HostCallback):
         mu: float = 5e-3,
         samples_per_class: int = 25,
         score: Literal["abs", "signed"] = "abs",
+        normalize: Literal["per_tensor"] | None = None,
         batch_spec: BatchSpec | None = None,
         name: str | None = None,
         seed: int | None = None,
@@ -94,6 +98,8 @@ class DynamicSparseGradient(HostCallback):
         check_count("samples_per_class", samples_per_class)
         if score not in ("abs", "signed"):
             raise ValueError(f"Expected argument `score` to be 'abs' or 'signed', but got {score!r}.")
+        if normalize not in (None, "per_tensor"):
+            raise ValueError(f"Expected argument `normalize` to be 'per_tensor' or None, but got {normalize!r}.")
         if isinstance(ratios, str) and ratios not in ("zo_grasp", "uniform"):
             raise ValueError(
                 f"Expected argument `ratios` to be 'zo_grasp', 'uniform' or ratios by name, but got {ratios!r}."
@@ -117,6 +123,7 @@ class DynamicSparseGradient(HostCallback):
         self.mu = mu
         self.samples_per_class = samples_per_class
         self.score = score
+        self.normalize = normalize
         self.batch_spec = batch_spec or BatchSpec()
         self.pruning_ratios: dict[str, float] | None = None
         self._masks: dict[str, Tensor] = {}
@@ -233,7 +240,7 @@ class DynamicSparseGradient(HostCallback):
         source = self._source(trainer)
         seed = self.random.sample_seed("zo_grasp")
         loss = replay_of(self._balanced_batch(trainer, host))
-        estimator = RGE(self.q, self.mu, central=False)
+        estimator = RGE(self.q, self.mu, central=False, normalize=self.normalize)
         kept = {name: parameter.grad for name, parameter in weights.items()}
         values = {name: parameter.detach().clone() for name, parameter in weights.items()}
 

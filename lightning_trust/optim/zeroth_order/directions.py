@@ -18,6 +18,7 @@ class SeededDirections:
         parameters: The parameters by name, on one device.
         distribution: What an entry is drawn from; ``"sphere"`` is the unit sphere over all parameters together.
         masks: By the names of parameters, which entries a direction has (True); the others are 0.
+        per_tensor: Whether the part of a direction in each parameter has the length 1.
 
     Example:
         >>> weight = torch.zeros(2, requires_grad=True)
@@ -36,8 +37,10 @@ class SeededDirections:
         parameters: Mapping[str, Tensor],
         distribution: Distribution = "normal",
         masks: Mapping[str, Tensor] | None = None,
+        per_tensor: bool = False,
     ) -> None:
         self.distribution = distribution
+        self.per_tensor = per_tensor
         # `.data`: weights that require a gradient are moved in place
         self.entries = [(name, parameter, (masks or {}).get(name)) for name, parameter in parameters.items()]
         first = self.entries[0][1]
@@ -59,7 +62,12 @@ class SeededDirections:
     def _next(self, parameter: Tensor, mask: Tensor | None) -> Tensor:
         buffer = self._buffers[_drawn(parameter)][: parameter.numel()].view(parameter.shape)
         draw_direction_(buffer, self.distribution, self._generator)
-        return buffer if mask is None else buffer.mul_(mask)
+        if mask is not None:
+            buffer.mul_(mask)
+        if self.per_tensor:
+            # one without an active entry stays 0
+            buffer.div_(torch.linalg.vector_norm(buffer).clamp_min(torch.finfo(buffer.dtype).tiny))
+        return buffer
 
     @torch.no_grad()
     def length(self, seed: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -42,9 +43,13 @@ class RGE(GradientEstimator):
         distribution: ``"normal"``, ``"sphere"`` or ``"rademacher"``.
         exact_restore: Whether weights come back bit for bit, from a copy of all of them; otherwise up to the rounding
             of a few additions.
+        normalize: ``"per_tensor"`` divides the part of a direction in each parameter by its own length, with no factor
+            for it: the estimate is then no longer that of the gradient, for the mean of the part in a parameter of
+            :math:`n` entries is its gradient over :math:`n`, and its signal to noise is given as nan. It is what the
+            released code of DeepZero ranks layers by.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If an argument is out of its range, or ``normalize`` is given for directions on the sphere.
 
     Example:
         >>> weight = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
@@ -62,6 +67,7 @@ class RGE(GradientEstimator):
         central: bool = True,
         distribution: Distribution = "normal",
         exact_restore: bool = False,
+        normalize: Literal["per_tensor"] | None = None,
     ) -> None:
         check_count("q", q)
         check_mu(mu)
@@ -69,11 +75,19 @@ class RGE(GradientEstimator):
             raise ValueError(
                 f"Expected argument `distribution` to be one of {list(DISTRIBUTIONS)}, but got {distribution!r}."
             )
+        if normalize not in (None, "per_tensor"):
+            raise ValueError(f"Expected argument `normalize` to be 'per_tensor' or None, but got {normalize!r}.")
+        if normalize is not None and distribution == "sphere":
+            raise ValueError(
+                "Expected argument `normalize` to be None where directions lie on the sphere over all parameters, but"
+                f" got {normalize!r}."
+            )
         self.q = q
         self.mu = mu
         self.central = central
         self.distribution: Distribution = distribution
         self.exact_restore = exact_restore
+        self.normalize = normalize
 
     def add(self, oracle: LossOracle, scale: float = 1.0) -> Estimate:
         """Add ``scale`` times the estimate to the ``.grad`` of the oracle's parameters."""
@@ -88,7 +102,7 @@ class RGE(GradientEstimator):
 
     def slopes(self, oracle: LossOracle) -> Slopes:
         """The derivatives along the directions, which are all there is to know of the estimate."""
-        directions = SeededDirections(oracle.parameters, self.distribution, oracle.masks)
+        directions = SeededDirections(oracle.parameters, self.distribution, oracle.masks, self.normalize is not None)
         # ranks that move along different directions would part by the rounding of the way back
         exact = self.exact_restore or oracle.splits
         kept = {name: value.detach().clone() for name, value in oracle.parameters.items()} if exact else {}
@@ -125,6 +139,8 @@ class RGE(GradientEstimator):
         # on the sphere an entry has the variance 1 / d
         factor = oracle.dimensions if self.distribution == "sphere" else 1
         snr = slopes_snr(values * factor**0.5, oracle.dimensions, self.mu / factor**0.5, loss, *self._kind)
+        if self.normalize is not None:
+            snr = float("nan")
         return Slopes(directions, seeds, lengths, values, factor, oracle.estimate(loss, snr))
 
 

@@ -145,6 +145,39 @@ def test_ratios_are_those_of_grasp_with_exact_gradients(score):
     assert source.queries == 2 * 2001 + 2 * ROWS // BATCH
 
 
+def test_normalised_directions_rank_the_layers_by_the_gradient_over_their_size():
+    """In the mean an estimate from them is each layer's gradient over its number of weights."""
+    host = Host().double()
+    source = ZerothOrderGradient(RGE(q=1, exact_restore=True))
+    sparse = DynamicSparseGradient(0.8, q=4000, mu=1e-3, samples_per_class=4, normalize="per_tensor", seed=1)
+    trainer(sparse, source, precision="64-true", max_steps=1).fit(host, loader())
+    twin = Host().double()
+    own = weights(twin)
+    rows = [torch.cat(column) for column in zip(*loader(), strict=True)]
+    chosen = torch.cat([(rows[1] == label).nonzero().flatten()[:4] for label in range(3)])
+
+    def estimate():
+        loss = F.cross_entropy(twin.net(rows[0][chosen].double()), rows[1][chosen])
+        found = torch.autograd.grad(loss, list(own.values()))
+        return [gradient / gradient.numel() for gradient in found]
+
+    before, here = [value.detach().clone() for value in own.values()], estimate()
+    with torch.no_grad():
+        for parameter, gradient in zip(own.values(), here, strict=True):
+            parameter.add_(1e-3 * gradient)
+    scores = [value * (after - first) for value, after, first in zip(before, estimate(), here, strict=True)]
+    every = torch.cat([each.flatten() for each in scores]).abs()
+    pruned = torch.zeros(len(every), dtype=torch.bool)
+    pruned[every.argsort()[: round(0.8 * len(every))]] = True
+    expected = [part.double().mean().item() for part in pruned.split([each.numel() for each in scores])]
+    assert list(sparse.pruning_ratios.values()) == pytest.approx(expected, abs=0.12)
+    plain = DynamicSparseGradient(0.8, q=4000, mu=1e-3, samples_per_class=4, seed=1)
+    host = Host().double()
+    trainer(plain, ZerothOrderGradient(RGE(exact_restore=True)), precision="64-true", max_steps=1).fit(host, loader())
+    # not the ranking of the gradient itself
+    assert abs(plain.pruning_ratios["net.0.weight"] - sparse.pruning_ratios["net.0.weight"]) > 0.02
+
+
 def test_two_ranks_have_the_same_masks(tmp_path):
     def result(run, module):
         sparse = next(each for each in run.callbacks if isinstance(each, DynamicSparseGradient))
@@ -180,6 +213,7 @@ def test_a_dead_layer_is_told_and_keeps_one_weight():
         ({"ratios": {"w": 1.5}}, r"ratio of 'w' to lie in \[0, 1\], but got 1.5"),
         ({"redraw_every_n_epochs": 0}, "`redraw_every_n_epochs` to be an integer of at least 1, but got 0"),
         ({"q": 0}, "`q` to be an integer of at least 1, but got 0"),
+        ({"normalize": "jointly"}, "`normalize` to be 'per_tensor' or None, but got 'jointly'"),
         ({"score": "squared"}, "`score` to be 'abs' or 'signed', but got 'squared'"),
     ],
 )

@@ -41,6 +41,41 @@ def drawn(parameters, seed, distribution="normal", masks=None) -> torch.Tensor:
     return flat(copies)
 
 
+def test_normalised_parts_have_length_one_and_no_factor():
+    parameters, loss, gradient = problem()
+    before = {name: value.detach().clone() for name, value in parameters.items()}
+    found = RGE(2, 0.01, True, exact_restore=True, normalize="per_tensor").add(LossOracle(loss, parameters, seed=9))
+    expected = torch.zeros(7, dtype=torch.float64)
+    for place in range(2):
+        u = drawn(parameters, derived_seed(9, place))
+        u = torch.cat([part / part.norm() for part in u.split([4, 3])])
+        # central differences of a quadratic have no error
+        expected += (gradient @ u) * u / 2
+    torch.testing.assert_close(flat(parameters), expected, rtol=1e-9, atol=1e-9)
+    assert math.isnan(found.snr)
+    assert all(torch.equal(value.detach(), before[name]) for name, value in parameters.items())
+
+
+def test_a_normalised_part_without_an_active_entry_stays_zero():
+    parameters, loss, _ = problem()
+    masks = {"b": torch.zeros(3, dtype=torch.bool), "a": torch.tensor([[True, False], [False, True]])}
+    RGE(3, 0.01, normalize="per_tensor").add(LossOracle(loss, parameters, masks=masks, seed=9))
+    assert torch.equal(parameters["b"].grad, torch.zeros(3, dtype=torch.float64))
+    assert torch.equal(parameters["a"].grad != 0, masks["a"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"normalize": "jointly"}, "`normalize` to be 'per_tensor' or None, but got 'jointly'"),
+        ({"normalize": "per_tensor", "distribution": "sphere"}, "to be None where directions lie on the sphere"),
+    ],
+)
+def test_bad_normalisation(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        RGE(**arguments)
+
+
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("central", [True, False])
 @pytest.mark.parametrize("distribution", ["normal", "rademacher", "sphere"])
