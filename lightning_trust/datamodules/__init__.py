@@ -10,6 +10,7 @@ from lightning_trust.datamodules.adversarial import (
     pseudo_labels,
 )
 from lightning_trust.datamodules.cifar import CIFAR10
+from lightning_trust.datamodules.cifar_c import CIFAR10C
 from lightning_trust.datamodules.digits import Digits
 from lightning_trust.datamodules.fashion_mnist import FashionMNIST
 from lightning_trust.datamodules.image_folders import (
@@ -65,6 +66,7 @@ from lightning_trust.datamodules.zeroth_order import (
 
 __all__ = [
     "CIFAR10",
+    "CIFAR10C",
     "HJB20",
     "BiasedFashionMNIST",
     "BlackScholes1D",
