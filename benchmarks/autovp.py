@@ -5,7 +5,8 @@
 Two frozen CNNs, narrow and wide, that tell ten garments in four rotations apart, 40 classes; five mappings, three
 scales, learned or not: 60 configurations are tried for two epochs, and the best by validation accuracy is trained for
 15. Beside it stand visual prompting as it is by default, a linear probe and full fine-tuning of the wide network. Six
-of the trials are trained for 15 epochs as well: do short trials tell the order of long runs?
+of the trials are trained for 15 epochs as well: do short trials tell the order of long runs? All but the run without a
+frame are trained on a part of the training rows too, with as many steps.
 Writes benchmarks/results/prompting/autovp.json.
 """
 
@@ -16,7 +17,7 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,9 @@ LR, MAPPING_LR = 0.1, 0.01
 TRIAL_EPOCHS = 2
 #: how many of the trials are trained to the end
 COMPARED = 6
+#: column -> share of the training rows
+SHARES = {"some": 0.3, "few": 0.1}
+TRAIN_ROWS = 1237
 
 
 def backbones(seed: int, folder: Path, budget: Budget) -> dict[str, Backbone]:
@@ -75,6 +79,30 @@ def trained(config: VPConfig, seed: int, budget: Budget) -> dict[str, float]:
     return found
 
 
+def with_fewer(measure: Callable[[Budget], Mapping[str, float]], budget: Budget) -> dict[str, float]:
+    """Test accuracies with a part of the training rows, in as many steps."""
+    found = {}
+    for name, share in SHARES.items():
+        rows = round(share * (budget.train_rows or TRAIN_ROWS))
+        part = replace(budget, train_rows=rows, epochs=round(budget.epochs / share))
+        found[name] = measure(part)["accuracy"]
+    return found
+
+
+def fewer_rows(best: VPConfig, wide: torch.nn.Module, seed: int, folder: Path, budget: Budget) -> dict[str, Any]:
+    """Name of a run -> its accuracies with a part of the training rows."""
+
+    def beside(frozen: bool) -> Callable[[Budget], Mapping[str, float]]:
+        return lambda part: rival(source_network(seed, folder, budget, WIDTHS["wide"]), frozen, seed, part)
+
+    runs: dict[str, Callable[[Budget], Mapping[str, float]]] = {
+        WINNER: lambda part: trained(best, seed, part),
+        DEFAULT: lambda part: prompted(wide, "iterative", True, seed, part),
+        **{name: beside(frozen) for name, frozen in RIVALS.items()},
+    }
+    return {name: with_fewer(measure, budget) for name, measure in runs.items()}
+
+
 def rows_of(seeds: Sequence[int], folder: Path, budget: Budget, console: Console) -> Iterator[dict[str, Any]]:
     """One dict a run and seed."""
     for seed in seeds:
@@ -92,6 +120,7 @@ def rows_of(seeds: Sequence[int], folder: Path, budget: Budget, console: Console
         best = tuner.search(digits(budget))
         tuning = time.perf_counter() - start
         winner = trained(best, seed, budget)
+        fewer = fewer_rows(best, networks["wide"].network, seed, folder, budget)
         # six of those that saw both epochs, from the best to the last
         whole = [row for row in tuner.results if row["state"] == "complete"]
         places = [round(place * (len(whole) - 1) / (COMPARED - 1)) for place in range(COMPARED)]
@@ -103,6 +132,7 @@ def rows_of(seeds: Sequence[int], folder: Path, budget: Budget, console: Console
             "run": WINNER,
             "seed": seed,
             **winner,
+            **fewer[WINNER],
             "tuning": tuning,
             "trials": len(tuner.results),
             "pruned": sum(row["state"] == "pruned" for row in tuner.results) / len(tuner.results),
@@ -113,18 +143,21 @@ def rows_of(seeds: Sequence[int], folder: Path, budget: Budget, console: Console
         kept = float(sum(parameter.nbytes for parameter in still.output_mapping().parameters()))
         yield {"run": NO_FRAME, "seed": seed, **trained(still, seed, budget), "bytes": kept}
         wide = networks["wide"].network
-        yield {"run": DEFAULT, "seed": seed, **prompted(wide, "iterative", True, seed, budget)}
+        default = prompted(wide, "iterative", True, seed, budget)
+        yield {"run": DEFAULT, "seed": seed, **default, **fewer[DEFAULT]}
         # no run has changed a weight or a buffer
         assert before == {name: network.sha256() for name, network in networks.items()}
         for name, frozen in RIVALS.items():
             own = source_network(seed, folder, budget, WIDTHS["wide"])
-            yield {"run": name, "seed": seed, **rival(own, frozen, seed, budget)}
+            yield {"run": name, "seed": seed, **rival(own, frozen, seed, budget), **fewer[name]}
 
 
 def result(found: Sequence[dict[str, Any]]) -> TableResult:
     """The rows as a result."""
     columns = {
         "accuracy": Column("Test accuracy"),
+        "some": Column("... with 30 % of the training rows"),
+        "few": Column("... with 10 %"),
         "bytes": Column("Trained, bytes", "number"),
         "seconds": Column("Seconds", "seconds"),
         "tuning": Column("Seconds of the search", "seconds"),
@@ -137,7 +170,8 @@ def result(found: Sequence[dict[str, Any]]) -> TableResult:
         "autovp",
         experiment="frozen CNNs of 9,600 (narrow) and 35,288 weights (wide) that tell ten garments in four rotations"
         " apart read digits of 16 pixels on a canvas of 28; 1,237 training rows, 200 for validation, 360 test rows;"
-        f" trials of {TRIAL_EPOCHS} epochs, then 15, batches of 32. Winners: {winners}",
+        f" trials of {TRIAL_EPOCHS} epochs, then 15, batches of 32; with fewer training rows as many steps."
+        f" Winners: {winners}",
         columns=columns,
         rows=[
             TableRow(
