@@ -383,6 +383,7 @@ METHODS: tuple[MethodEntry, ...] = (
             "lightning_trust.optim.ZOSignSGD",
             "lightning_trust.optim.ZOSVRG",
             "lightning_trust.optim.ZOConservative",
+            "lightning_trust.optim.PatternSearch",
         ),
     ),
     _entry(
