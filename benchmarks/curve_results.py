@@ -71,7 +71,7 @@ class CurveResult(StoredResult):
 
 
 _COLOURS = ("#1b6ca8", "#c8553d", "#3f8f4f", "#8a5fbf", "#b58900", "#444444", "#d16ba5", "#2aa198")
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 720, 360, 52, 220, 16, 44
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 780, 360, 52, 280, 16, 44
 
 
 def drawing(result: CurveResult, names: Mapping[str, str] | None = None) -> str:
@@ -115,16 +115,27 @@ def drawing(result: CurveResult, names: Mapping[str, str] | None = None) -> str:
         "forward passes of a batch</text>"
     )
     for place, (run, curves) in enumerate(runs.items()):
-        colour = _COLOURS[place % len(_COLOURS)]
-        shared = sorted(set.intersection(*(set(curve.queries) for curve in curves)) - {0})
-        values = [statistics.median(curve.at(q) or 0.0 for curve in curves) for q in shared]
-        path = " ".join(f"{x(q)},{y(a)}" for q, a in zip(shared, values, strict=True))
+        # colours come a second time with dashes
+        dashes = ' stroke-dasharray="6 3"' if place >= len(_COLOURS) else ""
+        stroke = f'stroke="{_COLOURS[place % len(_COLOURS)]}"{dashes}'
+        path = " ".join(f"{x(q)},{y(a)}" for q, a in _medians(curves))
         label = html.escape(run if names is None else names[run])
         row = _TOP + 12 + 20 * place
         lines += [
-            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>',
+            f'<polyline points="{path}" fill="none" {stroke} stroke-width="2"/>',
             f'<line x1="{_WIDTH - _RIGHT + 14}" x2="{_WIDTH - _RIGHT + 34}" y1="{row - 4}" y2="{row - 4}"'
-            f' stroke="{colour}" stroke-width="3"/>',
+            f' {stroke} stroke-width="3"/>',
             f'<text x="{_WIDTH - _RIGHT + 40}" y="{row}" fill="#333333">{label}</text>',
         ]
     return "\n".join([*lines, "</svg>", ""])
+
+
+def _medians(curves: Sequence[Curve]) -> list[tuple[float, float]]:
+    """Median over seeds wherever one of them has a point, from where all have begun to where the first one ends.
+
+    Seeds may have points at different places: steps of a pattern search differ in what they ask.
+    """
+    begin = max(next(q for q in curve.queries if q > 0) for curve in curves)
+    end = min(curve.queries[-1] for curve in curves)
+    places = sorted({q for curve in curves for q in curve.queries if begin <= q <= end})
+    return [(q, statistics.median(curve.at(q) or 0.0 for curve in curves)) for q in places]

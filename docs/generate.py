@@ -402,7 +402,7 @@ def _budgets(path: Path) -> str:
                 "not reached" if reach is None else f"{reach:,.0f}",
             ]
         )
-    words = "Accuracy in percent within so many forward passes of a batch, medians over seeds."
+    words = "Accuracy in percent within so many forward passes of a batch."
     return f"{_table(head, rows, numbers=len(head) - 1)}\n\n{_where(result)} {words}"
 
 
@@ -428,7 +428,8 @@ def drawings() -> dict[Path, str]:
 
 
 def _where(result: Result | RobustnessResult | TableResult | CurveResult) -> str:
-    seeds = "seed" if len(result.seeds) == 1 else "means over seeds"
+    average = "medians" if isinstance(result, CurveResult) else "means"
+    seeds = "seed" if len(result.seeds) == 1 else f"{average} over seeds"
     device = result.hardware.get("accelerator") or f"{result.hardware['cpu']}, {result.hardware['cores']} cores"
     versions = ", ".join(
         f"{name} {result.versions[name]}" for name in ("torch", "lightning") if name in result.versions

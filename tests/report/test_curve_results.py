@@ -45,3 +45,24 @@ def test_drawing_shows_every_run_where_it_is():
     words = "".join(root.itertext())
     assert "b & c" in words
     assert "forward passes" in words
+
+
+def test_seeds_with_points_at_different_places_are_drawn():
+    curves = [
+        Curve("a", 1, [0, 1, 100], [0.1, 0.2, 0.6], 3.0, 1.0),
+        Curve("a", 2, [0, 10, 1000], [0.1, 0.4, 0.8], 3.0, 1.0),
+    ]
+    root = ET.fromstring(drawing(CurveResult.measured_here("awp", "words", curves)))
+    (line,) = [element for element in root.iter() if element.tag.endswith("polyline")]
+    points = [[float(v) for v in point.split(",")] for point in line.get("points").split()]
+    # from 10, where both have begun, to 100, where the first ends: medians 0.3 and 0.5
+    assert len(points) == 2
+    assert points[0][1] - points[1][1] == pytest.approx(0.2 * 300, abs=0.2)
+
+
+def test_a_colour_that_comes_again_is_dashed():
+    curves = [Curve(f"run {place}", 1, [1, 10], [0.1, 0.2], 3.0, 1.0) for place in range(9)]
+    root = ET.fromstring(drawing(CurveResult.measured_here("awp", "words", curves)))
+    lines = [element for element in root.iter() if element.tag.endswith("polyline")]
+    assert lines[8].get("stroke") == lines[0].get("stroke")
+    assert [bool(line.get("stroke-dasharray")) for line in lines] == [False] * 8 + [True]
