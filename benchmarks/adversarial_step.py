@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.overhead import peak_bytes, quiet_trainer, row
+from benchmarks.overhead import peak_bytes, quiet_trainer
+from benchmarks.timing import row
 from lightning_trust.attacks import APGD, PGD, Attack
 from lightning_trust.callbacks import AdversarialTraining
 from lightning_trust.datamodules import FashionMNIST

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.adversarial_step import memory, training_step
-from benchmarks.timing import medians
+from benchmarks.timing import Row, medians, row
 from lightning_trust.attacks import APGD, FGSM, PGD, Attack, AutoAttack, Square, ZOSignAttack
 from lightning_trust.core.files import write_json
 from lightning_trust.core.randomness import SampleDraws
@@ -37,7 +37,6 @@ EPS, STEP = 0.1, 0.02
 #: verdicts that may differ in 500 samples, and shares of the peers' time
 VERDICTS = 1.0
 SHARES = {"plain": 0.3, "adversarial": 0.9}
-Row = dict[str, Any]
 
 
 def peer(name: str) -> Any:
@@ -46,13 +45,6 @@ def peer(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError:
         return None
-
-
-def row(what: str, value: float | None, bar: float, found: dict[str, float]) -> Row:
-    """One figure with its bar and what it was made of; without a value, it was not measured."""
-    if value is None:
-        return {"what": what, "value": "not measured", "bar": bar, "reached": None, "medians": found}
-    return {"what": what, "value": round(value, 4), "bar": bar, "reached": value <= bar, "medians": found}
 
 
 # -- networks ----------------------------------------------------------------------------------------------------------

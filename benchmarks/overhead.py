@@ -8,10 +8,9 @@ are timed alone and divided by it. Results go to benchmarks/results/overhead.jso
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 
 import lightning.pytorch as pl
 import torch
@@ -19,11 +18,9 @@ import torch.nn.functional as F
 from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.timing import medians
+from benchmarks.timing import Row, measure, medians, row
 from lightning_trust.callbacks import SalUn
-from lightning_trust.core.files import write_json
 from lightning_trust.core.masks import ParameterMask, WeightZeroing, select_parameters
-from lightning_trust.core.records import hardware, versions
 from lightning_trust.core.step import StepTransform
 from lightning_trust.datamodules import FashionMNIST, ForgetRandom, ForgetSplit
 from lightning_trust.modules import ImageClassifier
@@ -42,7 +39,7 @@ def quiet_trainer(**settings: object) -> pl.Trainer:
     )
 
 
-def mask_enforcement(rounds: int) -> list[dict[str, object]]:
+def mask_enforcement(rounds: int) -> list[Row]:
     """Zeroing a 90 % sparse ResNet-18 against its training step, and against torch.nn.utils.prune."""
     network = resnet18_small(1, 10)
     inputs, targets = torch.randn(128, 1, 28, 28), torch.randint(10, (128,))
@@ -114,7 +111,7 @@ class NoWork(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
-def chain(rounds: int) -> list[dict[str, object]]:
+def chain(rounds: int) -> list[Row]:
     """Seconds that the chain and one transform add to a step that does nothing."""
     found: dict[str, float] = {}
 
@@ -147,11 +144,11 @@ def chain(rounds: int) -> list[dict[str, object]]:
     return [row("chain and one transform, microseconds a step", micros, 50.0, found)]
 
 
-def saliency(rounds: int) -> list[dict[str, object]]:
+def saliency(rounds: int) -> list[Row]:
     """SalUn's mask against one forward-backward pass over the same rows; its peak memory over that pass's."""
     split = ForgetSplit(FashionMNIST(train_rows=1280, batch_size=128), ForgetRandom(num=256))
     host = ImageClassifier(resnet18_small(1, 10))
-    rows: list[dict[str, object]] = []
+    rows: list[Row] = []
 
     class Measure(pl.Callback):
         """Runs inside a fit, where the callback's pass runs."""
@@ -198,7 +195,7 @@ def peak_bytes(work) -> int:
     return peak
 
 
-def imports(rounds: int) -> list[dict[str, object]]:
+def imports(rounds: int) -> list[Row]:
     """``import lightning_trust`` beside ``import lightning``, fresh processes in turn, CPU seconds."""
 
     def seconds(code: str) -> float:
@@ -214,26 +211,18 @@ def imports(rounds: int) -> list[dict[str, object]]:
     return [row("import of both packages over import lightning", found["both"] / found["lightning"], 1.10, found)]
 
 
-def row(what: str, value: float, bar: float, found: dict) -> dict[str, object]:
-    """One figure with its bar and what it was made of."""
-    return {"what": what, "value": round(value, 4), "bar": bar, "reached": value <= bar, "medians": found}
+#: what is measured, in this order
+MEASURED: dict[str, Callable[[int], list[Row]]] = {
+    "masks": mask_enforcement,
+    "chain": chain,
+    "saliency": lambda rounds: saliency(max(1, rounds // 2)),
+    "imports": lambda rounds: imports(max(1, rounds // 3)),
+}
 
 
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--output", default="benchmarks/results/overhead.json")
-    arguments = parser.parse_args()
-    rows = []
-    for part, rounds in ((mask_enforcement, arguments.rounds), (chain, 15), (saliency, 7), (imports, 5)):
-        start = time.perf_counter()
-        for found in part(rounds):
-            rows.append(found)
-            print(f"{found['what']}: {found['value']} (bar {found['bar']})", flush=True)
-        print(f"  [{part.__name__}: {time.perf_counter() - start:.0f} s]", flush=True)
-    content = {"rows": rows, "threads": torch.get_num_threads(), "hardware": hardware(), "versions": versions()}
-    write_json(arguments.output, "lightning_trust.overhead", 1, content)
+    measure("overhead", (__doc__ or "").splitlines()[0], MEASURED)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,7 @@ and what an optimizer holds, which are there before, do not count. Results go to
 
 from __future__ import annotations
 
-import argparse
-import logging
 import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,16 +21,13 @@ torch.set_num_threads(1)
 import lightning.pytorch as pl  # noqa: E402
 from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
-from benchmarks.overhead import peak_bytes, row  # noqa: E402
+from benchmarks.overhead import peak_bytes  # noqa: E402
 from benchmarks.prompting_tasks import QUIET  # noqa: E402
-from benchmarks.timing import medians  # noqa: E402
+from benchmarks.timing import Row, measure, medians, row  # noqa: E402
 from lightning_trust.callbacks import IterativeLabelMapping, VisualPrompting  # noqa: E402
-from lightning_trust.core.files import write_json  # noqa: E402
-from lightning_trust.core.records import hardware, versions  # noqa: E402
 from lightning_trust.modules import ImageClassifier  # noqa: E402
 from lightning_trust.nn import LabelMapping, PadPrompt, VisualPrompt, resnet18_small, save_prompt  # noqa: E402
 
-Row = dict[str, Any]
 SOURCES, BATCH, IMAGE, CANVAS = 40, 64, 16, 28
 
 
@@ -154,25 +148,13 @@ def file(rounds: int) -> list[Row]:
     ]
 
 
+#: what is measured, in this order
 MEASURED: dict[str, Callable[[int], list[Row]]] = {"steps": steps, "refresh": refresh, "file": file}
 
 
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--only", nargs="+", default=list(MEASURED), choices=list(MEASURED))
-    parser.add_argument("--output", default="benchmarks/results/prompting.json")
-    arguments = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    rows = []
-    for name in arguments.only:
-        for line in MEASURED[name](arguments.rounds):
-            rows.append(line)
-            print(f"{line['what']}: {line['value']} (bar {line['bar']})", flush=True)
-    content = {"rows": rows, "threads": torch.get_num_threads(), "hardware": hardware(), "versions": versions()}
-    write_json(arguments.output, "lightning_trust.prompting", 1, content)
+    measure("prompting", (__doc__ or "").splitlines()[0], MEASURED)
 
 
 if __name__ == "__main__":

@@ -9,18 +9,14 @@ work: weights, which are there before, do not count. Results go to benchmarks/re
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
-import logging
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -32,17 +28,13 @@ import torch.nn.functional as F  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
-from benchmarks.overhead import peak_bytes, row  # noqa: E402
-from benchmarks.timing import medians  # noqa: E402
+from benchmarks.overhead import peak_bytes  # noqa: E402
+from benchmarks.timing import Row, measure, medians, row  # noqa: E402
 from lightning_trust.callbacks import ZerothOrderGradient  # noqa: E402
-from lightning_trust.core.files import write_json  # noqa: E402
-from lightning_trust.core.records import hardware, versions  # noqa: E402
 from lightning_trust.modules import ImageClassifier  # noqa: E402
 from lightning_trust.nn import MLP  # noqa: E402
 from lightning_trust.optim import CGE, LossOracle, MeZO  # noqa: E402
 from lightning_trust.optim.zeroth_order.oracle import Parallel  # noqa: E402
-
-Row = dict[str, Any]
 
 
 # -- MeZO --------------------------------------------------------------------------------------------------------------
@@ -257,20 +249,7 @@ MEASURED: dict[str, Callable[[int], list[Row]]] = {"mezo": mezo_step, "coordinat
 
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--only", nargs="+", default=list(MEASURED), choices=list(MEASURED))
-    parser.add_argument("--output", default="benchmarks/results/zeroth_order.json")
-    arguments = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    rows = []
-    for name in arguments.only:
-        for line in MEASURED[name](arguments.rounds):
-            rows.append(line)
-            print(f"{line['what']}: {line['value']} (bar {line['bar']})", flush=True)
-    content = {"rows": rows, "threads": torch.get_num_threads(), "hardware": hardware(), "versions": versions()}
-    write_json(arguments.output, "lightning_trust.zeroth_order", 1, content)
+    measure("zeroth_order", (__doc__ or "").splitlines()[0], MEASURED)
 
 
 if __name__ == "__main__":

@@ -5,17 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.utils.data import DataLoader, Dataset
 
 from lightning_trust.core.space import InputSpace
+from lightning_trust.datamodules.split_data_module import SplitDataModule
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class ImageFolders(pl.LightningDataModule):
+class ImageFolders(SplitDataModule):
     """Train, validation and test images in folders with a folder for each class, read by torchvision.
 
     ``root/train/<class>/*.jpg`` and likewise ``val`` and ``test``; labels are the places of the classes' names in
@@ -121,26 +119,3 @@ class ImageFolders(pl.LightningDataModule):
                 )
             transform = augmented if part == "train" and self.augment else self.eval_transform
             setattr(self, f"{part}_dataset", ImageFolder(str(folder), transform))
-
-    def _loader(self, part: str, shuffle: bool = False) -> DataLoader[Any]:
-        dataset: Dataset[Any] = getattr(self, f"{part}_dataset")
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            shuffle=shuffle,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled batches ``[inputs, targets]`` of the training images."""
-        return self._loader("train", shuffle=True)
-
-    def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
-        """Batches of the validation images; no loader where there are none."""
-        return self._loader("val") if self.folders["val"] else []
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Batches of the test images."""
-        return self._loader("test")

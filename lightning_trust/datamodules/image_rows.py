@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from lightning_trust.core.space import InputSpace
+from lightning_trust.datamodules.split_data_module import SplitDataModule, check_integer
 
 Sample = tuple[Tensor, int]
 
@@ -134,7 +134,7 @@ class RandomShiftFlip:
         return moved.flip(-1) if self.flip and mirrored else moved
 
 
-class ImageRowsDataModule(pl.LightningDataModule):
+class ImageRowsDataModule(SplitDataModule):
     """Train, validation and test split of an image data set in memory; a subclass reads the images.
 
     The validation rows are drawn from the training rows by a permutation that depends on ``seed`` alone, and so are
@@ -174,14 +174,14 @@ class ImageRowsDataModule(pl.LightningDataModule):
         normalise: bool,
     ) -> None:
         super().__init__()
-        _check_integer("batch_size", batch_size, 1)
-        _check_integer("num_workers", num_workers, 0)
-        _check_integer("val_rows", val_rows, 0)
-        _check_integer("seed", seed, 0)
+        check_integer("batch_size", batch_size, 1)
+        check_integer("num_workers", num_workers, 0)
+        check_integer("val_rows", val_rows, 0)
+        check_integer("seed", seed, 0)
         if train_rows is not None:
-            _check_integer("train_rows", train_rows, 1)
+            check_integer("train_rows", train_rows, 1)
         if test_rows is not None:
-            _check_integer("test_rows", test_rows, 1)
+            check_integer("test_rows", test_rows, 1)
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.train_rows = train_rows
@@ -236,34 +236,3 @@ class ImageRowsDataModule(pl.LightningDataModule):
     def _rows(self, images: Tensor, targets: Tensor, transform: Callable[[Tensor], Tensor] | None = None) -> ImageRows:
         space = self.input_space
         return ImageRows(images, targets, transform, self.largest, space.mean, space.std)
-
-    def _loader(self, dataset: ImageRows, shuffle: bool = False) -> DataLoader[Sample]:
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            shuffle=shuffle,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
-
-    def train_dataloader(self) -> DataLoader[Sample]:
-        """Shuffled batches ``[inputs, targets]`` of the training rows."""
-        return self._loader(self.train_dataset, shuffle=True)
-
-    def val_dataloader(self) -> DataLoader[Sample] | list[DataLoader[Sample]]:
-        """Batches of the validation rows; no loader where there are none."""
-        return self._loader(self.val_dataset) if self.val_rows else []
-
-    def test_dataloader(self) -> DataLoader[Sample]:
-        """Batches of the test rows."""
-        return self._loader(self.test_dataset)
-
-    def predict_dataloader(self) -> DataLoader[Sample]:
-        """Batches of the test rows."""
-        return self._loader(self.test_dataset)
-
-
-def _check_integer(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"Expected argument `{name}` to be an integer of at least {least}, but got {value!r}.")

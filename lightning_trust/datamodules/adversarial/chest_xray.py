@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from lightning_trust.core.space import InputSpace
 from lightning_trust.datamodules.adversarial.chest_xray_files import (
@@ -21,6 +20,7 @@ from lightning_trust.datamodules.adversarial.chest_xray_files import (
     XRay,
     common_findings,
 )
+from lightning_trust.datamodules.split_data_module import SplitDataModule
 
 Sample = tuple[Tensor, Tensor]
 
@@ -49,7 +49,7 @@ class XRayRows(Dataset[Sample]):
         return grey_image(self.paths[index], self.size), self.targets[index]
 
 
-class CXRDataModule(pl.LightningDataModule):
+class CXRDataModule(SplitDataModule):
     r"""Chest X-rays of one site, labelled with the findings that other sites label too.
 
     A network is trained at ``source`` and tested there and elsewhere: ``OODEvaluation(data.sites(), measure="auroc")``.
@@ -243,28 +243,6 @@ class CXRDataModule(pl.LightningDataModule):
         values = torch.tensor([ray.findings for ray in kept]).view(len(kept), self.num_classes)
         values = torch.where(values == UNCERTAIN, float(self.uncertain == "ones"), values)
         return XRayRows([ray.path for ray in kept], values, self.image_size, [ray.patient for ray in kept])
-
-    def _loader(self, dataset: XRayRows, shuffle: bool = False) -> DataLoader[Sample]:
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            shuffle=shuffle,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
-
-    def train_dataloader(self) -> DataLoader[Sample]:
-        """Shuffled batches ``[inputs, targets]`` of the training rows."""
-        return self._loader(self.train_dataset, shuffle=True)
-
-    def val_dataloader(self) -> DataLoader[Sample] | list[DataLoader[Sample]]:
-        """Batches of the validation rows; no loader where there are none."""
-        return self._loader(self.val_dataset) if len(self.val_dataset) else []
-
-    def test_dataloader(self) -> DataLoader[Sample]:
-        """Batches of the test rows."""
-        return self._loader(self.test_dataset)
 
 
 def grey_image(path: Path, size: int) -> Tensor:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from lightning_trust.datamodules.language.prompted_text import PromptedText
 from lightning_trust.datamodules.language.python_sources import files_of, read_source, source_files
-from lightning_trust.datamodules.language.text_rows import Part, check_integer
+from lightning_trust.datamodules.language.text_rows import Part
+from lightning_trust.datamodules.split_data_module import check_integer
 
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from lightning_trust.datamodules.language.prompted_text import PromptedText
-from lightning_trust.datamodules.language.text_rows import Part, check_integer
+from lightning_trust.datamodules.language.text_rows import Part
+from lightning_trust.datamodules.split_data_module import check_integer
 
 
 class LabeledText(PromptedText):

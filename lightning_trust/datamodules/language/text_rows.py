@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from lightning_trust.datamodules.language.tokenizers import Tokenizer, make_tokenizer
+from lightning_trust.datamodules.split_data_module import SplitDataModule, check_integer
 
 Batch = dict[str, Tensor]
 Part = Literal["train", "val", "test"]
@@ -87,7 +87,7 @@ class PadRows:
         return batch
 
 
-class TextDataModule(pl.LightningDataModule):
+class TextDataModule(SplitDataModule):
     """Train, validation and test rows of tokens; a subclass reads them.
 
     A batch is a dict: ``input_ids``, ``attention_mask`` and ``labels``, int64 ``(B, T)``, and where rows have classes
@@ -172,39 +172,10 @@ class TextDataModule(pl.LightningDataModule):
         kept = rows.rows[chosen] if isinstance(rows.rows, Tensor) else [rows.rows[place] for place in chosen.tolist()]
         return TokenRows(kept, targets, rows.candidates)
 
-    def _loader(self, dataset: TokenRows, shuffle: bool = False) -> DataLoader[Batch]:
+    def loader_settings(self, dataset: TokenRows) -> dict[str, Any]:
+        """Rows are padded to the longest of a batch."""
         pad = self.tokenizer.pad_token_id
         if pad is None:
             # it is masked
             pad = self.tokenizer.eos_token_id or 0
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            shuffle=shuffle,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            collate_fn=PadRows(pad, dataset.candidates),
-        )
-
-    def train_dataloader(self) -> DataLoader[Batch]:
-        """Shuffled batches of the training rows."""
-        return self._loader(self.train_dataset, shuffle=True)
-
-    def val_dataloader(self) -> DataLoader[Batch]:
-        """Batches of the validation rows."""
-        return self._loader(self.val_dataset)
-
-    def test_dataloader(self) -> DataLoader[Batch]:
-        """Batches of the test rows."""
-        return self._loader(self.test_dataset)
-
-    def predict_dataloader(self) -> DataLoader[Batch]:
-        """Batches of the test rows."""
-        return self._loader(self.test_dataset)
-
-
-def check_integer(name: str, value: int, least: int) -> None:
-    """Refuse what is no integer, or too small."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"Expected argument `{name}` to be an integer of at least {least}, but got {value!r}.")
+        return {"collate_fn": PadRows(pad, dataset.candidates)}

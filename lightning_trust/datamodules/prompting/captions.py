@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from lightning_trust.datamodules.image_rows import ImageRows
 from lightning_trust.datamodules.prompting.rotated_fashion_mnist import RotatedFashionMNIST
@@ -188,7 +188,3 @@ class FashionMNISTCaptions(RotatedFashionMNIST):
             names = self._names[target]
             texts.append(self.forms[form % len(self.forms)].replace("{}", names[name % len(names)]))
         return texts
-
-    def train_dataloader(self) -> DataLoader[CaptionedSample]:  # type: ignore[override]
-        """Shuffled batches ``[inputs, targets, captions]`` of the training rows."""
-        return super().train_dataloader()  # type: ignore[return-value]

@@ -6,20 +6,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from lightning_trust.core.host import close_names
 from lightning_trust.core.space import InputSpace
+from lightning_trust.datamodules.split_data_module import SplitDataModule
 
 Part = Literal["base", "tuning"]
 _ATTRIBUTES, _PARTITION, _IMAGES = "list_attr_celeba.txt", "list_eval_partition.txt", "img_align_celeba"
 
 
-class CelebA(pl.LightningDataModule):
+class CelebA(SplitDataModule):
     """Faces of CelebA: an attribute to tell, and one that must not count.
 
     "Deep Learning Face Attributes in the Wild" (ICCV 2015). Files are looked for in ``root/celeba``, as torchvision
@@ -139,32 +139,6 @@ class CelebA(pl.LightningDataModule):
         return transforms.Compose(
             [transforms.Resize(round(self.image_size * 8 / 7)), crop(self.image_size), transforms.ToTensor()]
         )
-
-    def _loader(self, dataset: _Faces, shuffle: bool = False) -> DataLoader[Any]:
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            shuffle=shuffle,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled batches ``[inputs, targets, groups]`` of the part's images."""
-        return self._loader(self.train_dataset, shuffle=True)
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        """Batches of the validation images."""
-        return self._loader(self.val_dataset)
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Batches of the test images."""
-        return self._loader(self.test_dataset)
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """Batches of the test images."""
-        return self._loader(self.test_dataset)
 
 
 class _Faces(Dataset[tuple[Tensor, int, int]]):

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
+
+from lightning_trust.datamodules.split_data_module import SplitDataModule
 
 Part = Literal["base", "tuning"]
 _SEX = 1
 
 
-class Diabetes(pl.LightningDataModule):
+class Diabetes(SplitDataModule):
     """Does the disease progress more than it does in half of the patients? 442 of them, with ten measurements each.
 
     The data set of "Least Angle Regression" (Annals of Statistics 2004), which comes with scikit-learn. The group is
@@ -104,25 +105,6 @@ class Diabetes(pl.LightningDataModule):
         self.test_dataset, self.val_dataset, self.train_dataset = (
             TensorDataset(inputs[rows], targets[rows], groups[rows]) for rows in chosen
         )
-
-    def _loader(self, dataset: TensorDataset, shuffle: bool = False) -> DataLoader[tuple[Tensor, ...]]:
-        return DataLoader(dataset, batch_size=self.batch_size, shuffle=shuffle, num_workers=self.num_workers)
-
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Shuffled batches ``[inputs, targets, groups]`` of the training rows."""
-        return self._loader(self.train_dataset, shuffle=True)
-
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Batches of the validation rows."""
-        return self._loader(self.val_dataset)
-
-    def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Batches of the test rows."""
-        return self._loader(self.test_dataset)
-
-    def predict_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Batches of the test rows."""
-        return self._loader(self.test_dataset)
 
 
 def _read() -> tuple[Tensor, Tensor, Tensor]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
+
+from lightning_trust.datamodules.split_data_module import SplitDataModule
 
 Array = NDArray[np.float64]
 
@@ -67,7 +67,7 @@ class _Elements:
     lattice_constant: Tensor
 
 
-class ElementDensityDataModule(pl.LightningDataModule):
+class ElementDensityDataModule(SplitDataModule):
     """Measured densities of 61 solid elements: from what is known of an atom and its structure to g/cm3.
 
     The numbers are those of the ``mendeleev`` package (extra ``sciml``); nothing is downloaded. The elements are those
@@ -157,25 +157,6 @@ class ElementDensityDataModule(pl.LightningDataModule):
             part: TensorDataset(inputs[rows], elements.density[rows].unsqueeze(1)) for part, rows in self.rows().items()
         }
         self.train_dataset, self.val_dataset, self.test_dataset = parts["train"], parts["val"], parts["test"]
-
-    def _loader(self, data: TensorDataset, shuffle: bool = False) -> DataLoader[Any]:
-        return DataLoader(data, batch_size=self.batch_size or max(1, len(data)), shuffle=shuffle)
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled training rows."""
-        return self._loader(self.train_dataset, shuffle=True)
-
-    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Validation rows; nothing where there are none."""
-        return self._loader(self.val_dataset) if self.val_rows else []
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """The fold of the test."""
-        return self._loader(self.test_dataset)
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """The fold of the test."""
-        return self.test_dataloader()
 
 
 @lru_cache(maxsize=1)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
+
+from lightning_trust.datamodules.split_data_module import SplitDataModule
 
 Array = NDArray[np.float64]
 
@@ -56,7 +55,7 @@ def oscillator_trajectory(points: Array) -> Array:
     return found
 
 
-class OscillatorDataModule(pl.LightningDataModule):
+class OscillatorDataModule(SplitDataModule):
     """Made data of damped oscillators: from 16 noisy observations of the start to 8 later displacements.
 
     Stiffness is uniform in [1, 4], damping in [0.05, 0.6]. An input is the displacement at the times 0.125, 0.25, ...,
@@ -132,25 +131,6 @@ class OscillatorDataModule(pl.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Make the rows."""
         self.train_dataset, self.val_dataset, self.test_dataset = map(self._rows, ("train", "val", "test"))
-
-    def _loader(self, data: TensorDataset, shuffle: bool = False) -> DataLoader[Any]:
-        return DataLoader(data, batch_size=self.batch_size or max(1, len(data)), shuffle=shuffle)
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled training rows."""
-        return self._loader(self.train_dataset, shuffle=True)
-
-    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Validation rows; nothing where there are none."""
-        return self._loader(self.val_dataset) if self.val_rows else []
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Test rows."""
-        return self._loader(self.test_dataset)
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """Test rows."""
-        return self.test_dataloader()
 
 
 def displacement(constants: Tensor, times: Tensor) -> Tensor:
