@@ -30,6 +30,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from benchmarks.quiet import SILENT
 from benchmarks.table_results import Column, TableResult, TableRow
 from benchmarks.timing import medians
 from lightning_trust.attacks import PGD, RoutedPGD
@@ -50,14 +51,7 @@ from lightning_trust.nn import (
 
 EPS, STEP_SIZE, WIDTH = 0.1, 0.06, 32
 IMAGE = (1, 28, 28)
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "devices": 1,
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
+QUIET = SILENT | {"devices": 1}
 COLUMNS = {
     "robust": Column("Robust accuracy"),
     "pathway": Column("Against PGD-20 on the pathway alone"),

@@ -34,6 +34,7 @@ torch.set_num_threads(1)
 
 import lightning.pytorch as pl  # noqa: E402
 
+from benchmarks.quiet import SILENT  # noqa: E402
 from benchmarks.table_results import Column, TableResult, TableRow  # noqa: E402
 from lightning_trust.attacks import PGD  # noqa: E402
 from lightning_trust.callbacks import AdversarialTraining, QuantizedAllReduce, RobustEvaluation  # noqa: E402
@@ -43,13 +44,6 @@ from lightning_trust.modules import ImageClassifier  # noqa: E402
 from lightning_trust.optim import LAMB  # noqa: E402
 
 EPS = 0.1
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 
 
 @dataclass(frozen=True)
@@ -144,7 +138,7 @@ def _data(run: Run, seed: int, ranks: int, test_rows: int) -> pl.LightningDataMo
     # fewer training rows are a part of more: the labels of these are hidden, and 1,000 of them are seen with labels too
     unlabeled = FashionMNIST(train_rows=run.labels + run.pseudo, **settings)
     teacher = _classifier(run, seed)
-    trainer = pl.Trainer(**QUIET, max_epochs=2 * run.epochs, limit_val_batches=0)
+    trainer = pl.Trainer(**SILENT, max_epochs=2 * run.epochs, limit_val_batches=0)
     trainer.fit(teacher, datamodule=FashionMNIST(train_rows=run.labels, **{**settings, "batch_size": run.batch}))
     return PseudoLabeledData(labeled, unlabeled, teacher=teacher, unlabeled_fraction=0.5, seed=seed)
 
@@ -162,7 +156,7 @@ def measured(
             hook = QuantizedAllReduce(**run.reduce)
             callbacks += [hook, _Bytes(folder / "bytes.json", hook)]
         trainer = pl.Trainer(
-            **QUIET,
+            **SILENT,
             devices=ranks,
             strategy="ddp_fork" if ranks > 1 else "auto",
             max_epochs=run.epochs,
@@ -174,7 +168,7 @@ def measured(
         trainer.fit(classifier, datamodule=data)
         found: dict[str, Any] = {"seconds": time.perf_counter() - start}
         evaluation = RobustEvaluation({"pgd": PGD(eps=EPS, steps=20)}, folder=name)
-        tester = pl.Trainer(**QUIET, devices=1, callbacks=[evaluation], default_root_dir=folder)
+        tester = pl.Trainer(**SILENT, devices=1, callbacks=[evaluation], default_root_dir=folder)
         look = tester.validate if on_validation else tester.test
         (result,) = look(classifier, datamodule=copy.copy(data), verbose=False)
         found["clean_acc"] = result["trust/clean_acc"]

@@ -32,6 +32,7 @@ torch.set_num_threads(1)
 import lightning.pytorch as pl  # noqa: E402
 
 from benchmarks.curve_results import Curve, CurveResult  # noqa: E402
+from benchmarks.quiet import SILENT  # noqa: E402
 from lightning_trust.callbacks import DynamicSparseGradient, OneShotPruning, ZerothOrderGradient  # noqa: E402
 from lightning_trust.core.host import named_parameters  # noqa: E402
 from lightning_trust.core.masks import select_parameters  # noqa: E402
@@ -41,15 +42,7 @@ from lightning_trust.modules import ImageClassifier  # noqa: E402
 from lightning_trust.optim import CGE, RGE, ForwardGradient, MeZO, PatternSearch  # noqa: E402
 
 D = 1210
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "devices": 1,
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "limit_val_batches": 0,
-}
+QUIET = SILENT | {"devices": 1, "limit_val_batches": 0}
 
 
 @dataclass(frozen=True)

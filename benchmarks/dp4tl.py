@@ -30,6 +30,7 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
+from benchmarks.quiet import SILENT
 from benchmarks.stored import now
 from benchmarks.table_results import Column, TableResult, TableRow
 from lightning_trust.core.records import hardware, versions
@@ -52,15 +53,7 @@ ROTATIONS, UPPER_BODY = (90, 180, 270), (0, 2, 3, 4, 6)
 CLASSES = 10 * len(ROTATIONS)
 SURROGATE, LARGE = (16, 32), (16, 32, 32, 64)
 RATIOS = (0.6, 0.4, 0.2)
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "devices": 1,
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "limit_val_batches": 0,
-}
+QUIET = SILENT | {"devices": 1, "limit_val_batches": 0}
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
+from benchmarks.quiet import SILENT
 from benchmarks.stored import now
 from benchmarks.table_results import Column, TableResult, TableRow
 from lightning_trust.callbacks import AdversarialDebiasing, FairnessEvaluation, FairnessReprogramming
@@ -39,15 +40,7 @@ from lightning_trust.metrics import DemographicParityGap, EqualizedOddsGap, Wors
 from lightning_trust.modules import ImageClassifier
 from lightning_trust.nn import MLP, BorderTrigger, ConcatTrigger, PatchTrigger, SmallCNN
 
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "devices": 1,
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "limit_val_batches": 0,
-}
+QUIET = SILENT | {"devices": 1, "limit_val_batches": 0}
 COLUMNS = {
     "accuracy": Column("Test accuracy"),
     "dp_gap": Column("DP gap", "points"),

@@ -26,6 +26,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from benchmarks.quiet import SILENT
 from benchmarks.table_results import Column, TableResult, TableRow
 from lightning_trust.callbacks import ZerothOrderGradient
 from lightning_trust.datamodules import CodeCorpus, CodeOrProse
@@ -48,13 +49,6 @@ CORPUS = ("collections", "concurrent", "ctypes", "html", "json", "multiprocessin
 ADAPTER = LoRA(r=1, alpha=2.0, target_modules=["o_proj", "down_proj"])
 #: forward passes after which the accuracy is looked at
 BUDGETS = (800, 1600, 3200)
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 
 
 @dataclass(frozen=True)
@@ -134,7 +128,7 @@ def pretrained(folder: Path, steps: int = 1500, rows: int | None = None) -> Path
     pl.seed_everything(0, verbose=False)
     host = CausalLanguageModel(config=NETWORK, optimizer=partial(torch.optim.AdamW, lr=3e-3), schedule="cyclic")
     data = CodeCorpus(CORPUS, max_length=96, batch_size=16, train_rows=rows)
-    trainer = pl.Trainer(**QUIET, max_steps=steps, max_epochs=-1, limit_val_batches=0)
+    trainer = pl.Trainer(**SILENT, max_steps=steps, max_epochs=-1, limit_val_batches=0)
     trainer.fit(host, data)
     trainer.save_checkpoint(folder / "pretrained.ckpt")
     return folder / "pretrained.ckpt"
@@ -147,7 +141,7 @@ def measured(
     pl.seed_everything(seed, verbose=False)
     host = CausalLanguageModel(str(start), lora=run.lora, optimizer=run.optimizer)
     curve = Curve(budgets, on_validation)
-    trainer = pl.Trainer(**QUIET, max_epochs=-1, limit_val_batches=0, callbacks=[*run.callbacks(seed), curve])
+    trainer = pl.Trainer(**SILENT, max_epochs=-1, limit_val_batches=0, callbacks=[*run.callbacks(seed), curve])
     begin = time.perf_counter()
     trainer.fit(host, CodeOrProse(**rows))
     return {

@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
+from benchmarks.quiet import SILENT
 from lightning_trust.callbacks import IterativeLabelMapping
 from lightning_trust.core.wrapping import surrounding
 from lightning_trust.datamodules import Digits, FashionMNIST, RotatedFashionMNIST
@@ -20,14 +21,7 @@ from lightning_trust.functional.prompting import frequency_label_mapping, mappin
 from lightning_trust.modules import ImageClassifier
 from lightning_trust.nn import SmallCNN, VisualPrompt
 
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "devices": 1,
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
+QUIET = SILENT | {"devices": 1}
 #: pixels of a digit, and of the canvas in whose middle it lies
 IMAGE, CANVAS = 16, 28
 

@@ -31,6 +31,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
+from benchmarks.quiet import SILENT
 from benchmarks.table_results import Column, TableResult, TableRow
 from lightning_trust.attacks import APGD, MSD, PGD, Attack, WorstOf
 from lightning_trust.callbacks import (
@@ -76,14 +77,7 @@ COLUMNS = {
     "best_t": Column("t", "number"),
     "seconds": Column("Training", "seconds"),
 }
-QUIET: dict[str, Any] = {
-    "accelerator": "auto",
-    "devices": 1,
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
+QUIET = SILENT | {"accelerator": "auto", "devices": 1}
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ import lightning.pytorch as pl  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.optim.lr_scheduler import LambdaLR  # noqa: E402
 
+from benchmarks.quiet import SILENT  # noqa: E402
 from benchmarks.table_results import Column, TableResult, TableRow  # noqa: E402
 from benchmarks.tensor_bp_free_images import SCENARIO, image_runs, measured_images  # noqa: E402
 from lightning_trust.callbacks import ZerothOrderGradient  # noqa: E402
@@ -53,14 +54,7 @@ from lightning_trust.nn import (  # noqa: E402
 )
 from lightning_trust.optim import HybridZO  # noqa: E402
 
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "num_sanity_val_steps": 0,
-}
+QUIET = SILENT | {"num_sanity_val_steps": 0}
 #: shapes of the paper's network for the HJB equation
 HJB_SHAPES = {"0": ((1, 1, 3, 7), (8, 4, 4, 4)), "1": ((4, 4, 4, 8), (8, 4, 4, 4))}
 

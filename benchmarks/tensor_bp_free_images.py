@@ -17,6 +17,7 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
+from benchmarks.quiet import SILENT
 from lightning_trust.callbacks import ZerothOrderGradient
 from lightning_trust.core.schedules import Cosine
 from lightning_trust.datamodules import FashionMNIST
@@ -27,14 +28,7 @@ from lightning_trust.optim import HybridZO
 SCENARIO = "Fashion-MNIST, 10,000 images"
 #: shapes of the paper's network for MNIST
 SHAPES = {"1": ((4, 7, 7, 4), (4, 4, 4, 4)), "4": ((4, 4, 4, 4), (1, 5, 2, 1))}
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "num_sanity_val_steps": 0,
-}
+QUIET = SILENT | {"num_sanity_val_steps": 0}
 BATCH, STEPS_PER_EPOCH = 100, 100
 Q = 10
 DROPOUT = 0.9

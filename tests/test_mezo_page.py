@@ -60,5 +60,5 @@ def test_accuracy_is_that_of_the_module(tmp_path):
     torch.manual_seed(0)
     host = mezo.CausalLanguageModel(str(start), lora=mezo.ADAPTER)
     data = mezo.CodeOrProse(train_rows=48, val_rows=8, test_rows=40)
-    (measured,) = mezo.pl.Trainer(**mezo.QUIET).test(host, data, verbose=False)
+    (measured,) = mezo.pl.Trainer(**mezo.SILENT).test(host, data, verbose=False)
     assert measured["test/acc"] == pytest.approx(found["accuracy"][0])
