@@ -75,7 +75,7 @@ class BlockQueries:
         if any(block.training and _random(block) for block in blocks):
             return None
         queries = BlockQueries(oracle, blocks, memory, vectorized)
-        if not queries._calls or queries._loss_reads_weights():
+        if not queries._calls or queries._calls_follow() or queries._loss_reads_weights():
             return None
         # what is subtracted from all others is rounded as they are
         if queries._cross_entropy is not None:
@@ -103,6 +103,31 @@ class BlockQueries:
         except _NotAChainError:
             return []
         return calls
+
+    @torch.no_grad()
+    def _calls_follow(self) -> bool:
+        """Whether what the network is given depends on what it gave before, as in a recurrence or a rollout.
+
+        Then a coordinate changes more than the outputs of the inputs that the clean pass left.
+        """
+        if len(self._calls) == 1:
+            return False
+        given: list[Tensor] = []
+        moved = iter([torch.lerp(call.inputs[-1], torch.ones_like(call.inputs[-1]), 1e-3) for call in self._calls])
+
+        def forward(x: Tensor, *_: Any, **__: Any) -> Tensor:
+            torch.set_rng_state(self._calls[len(given)].state)
+            given.append(x)
+            return next(moved)
+
+        try:
+            with _replaced_forward(self._network, forward):
+                self.oracle.value()
+        except Exception:
+            # whatever a loss makes of other outputs, it is asked whole then
+            return True
+        clean = [call.inputs[0] for call in self._calls]
+        return len(given) < len(clean) or any(not torch.equal(*pair) for pair in zip(given, clean, strict=True))
 
     @torch.no_grad()
     def _loss_reads_weights(self) -> bool:

@@ -263,6 +263,28 @@ def test_a_network_that_is_called_twice():
         torch.testing.assert_close(fast, slow, rtol=0.0, atol=1e-10)
 
 
+def test_a_network_that_is_given_what_it_gave():
+    network, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4)).double(), torch.randn(6, 4).double()
+    calls = [2]
+
+    def loss():
+        state = x
+        for _ in range(calls[0]):
+            state = state + network(state)
+        return state.square().mean()
+
+    found = CGE(mu=1e-6, central=True).estimate(loss, dict(network.named_parameters()), module=network)
+    expected = torch.autograd.grad(loss(), list(network.parameters()))
+    for parameter, gradient in zip(network.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=0.0, atol=1e-7)
+    assert found.queries >= 1 + 2 * sum(parameter.numel() for parameter in network.parameters())
+    with pytest.raises(MisconfigurationException, match="does not depend on what it gave before"):
+        CGE(feature_reuse=True).estimate(loss, dict(network.named_parameters()), module=network)
+    # once a step it is a chain
+    calls[0] = 1
+    CGE(feature_reuse=True).estimate(loss, dict(network.named_parameters()), module=network)
+
+
 @pytest.mark.parametrize("penalty", [lambda p: 1e-4 * p.abs().sum(), lambda p: 1e-4 * p.square().sum()])
 def test_a_loss_that_reads_the_weights_itself(penalty):
     network, x = mlp().double(), images()[:, 0, 0]
