@@ -237,6 +237,12 @@ class BlackBoxLayer(nn.Module):
             context: Known inputs of the black box, or what ``downstream`` needs; see the class.
 
         """
+        if torch.is_grad_enabled() and z.requires_grad:
+            return self._ask(z, context)
+        answers: Tensor = _Asked.apply(self, z, *context)
+        return answers
+
+    def _ask(self, z: Tensor, context: Sequence[Tensor]) -> Tensor:
         half = z.dtype in (torch.float16, torch.bfloat16)
         out = torch.float32 if half and torch.is_autocast_enabled(z.device.type) else z.dtype
         with torch.autocast(z.device.type, enabled=False):
@@ -370,6 +376,28 @@ class BlackBoxLayer(nn.Module):
         flat = unit < 1e-6 * magnitude
         unit = torch.where(flat, magnitude, unit)
         return torch.where(unit > 0.0, unit, 1.0)
+
+
+class _Asked(torch.autograd.Function):
+    """What is asked without a gradient, for ``torch.func.vmap`` as well: all that is mapped over in one question."""
+
+    @staticmethod
+    def forward(layer: BlackBoxLayer, z: Tensor, *context: Tensor) -> Tensor:
+        return layer._ask(z, context)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Nothing is kept: there is no gradient."""
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], layer: BlackBoxLayer, z: Tensor, *context: Tensor
+    ) -> tuple[Tensor, int]:
+        mapped = [
+            each.expand(info.batch_size, *each.shape) if place is None else each.movedim(place, 0)
+            for each, place in zip((z, *context), in_dims[1:], strict=True)
+        ]
+        return layer(*mapped), 0
 
 
 def _losses(downstream: Callable[..., Tensor], context: list[Tensor], answers: Tensor, rows: Tensor) -> Tensor:

@@ -580,3 +580,44 @@ def test_coordinates_of_a_large_input_are_warned_of():
     layer = BlackBoxLayer(lambda z: z.sum(axis=1), 1, "cge")
     with pytest.warns(UserWarning, match="asks 2 x 513 points for every sample .* q=10 asks 2 x 10"):
         layer(torch.zeros(1, 513))
+
+
+# -- many at a time ----------------------------------------------------------------------------------------------------
+def with_known(rows):
+    """The first three columns through ``smooth``, times the fourth, which is known."""
+    return smooth_numpy(rows[:, :D]) * rows[:, D:]
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_vmap_asks_for_all_at_once(place):
+    calls = []
+
+    def watched(rows):
+        calls.append(len(rows))
+        return smooth_numpy(rows)
+
+    layer, z = BlackBoxLayer(watched, out_dim=M), torch.stack([points(seed=seed) for seed in range(4)], dim=place)
+    found = torch.func.vmap(layer, in_dims=place)(z)
+    assert calls == [20]
+    assert layer.simulator.counts.queries == 20
+    expected = smooth(z.movedim(place, 0))
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-12)
+
+
+def test_vmap_over_some_of_its_inputs():
+    layer, z = BlackBoxLayer(with_known, out_dim=M), points()
+    known = torch.rand(6, 5, 1, dtype=torch.float64)
+    expected = smooth(z) * known
+    with torch.no_grad():
+        found = torch.func.vmap(layer, in_dims=(None, 0))(z, known)
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-12)
+
+
+def test_vmap_of_losses():
+    def downstream(answers, targets):
+        return (answers - targets).square().sum(dim=1)
+
+    layer = BlackBoxLayer(smooth_numpy, out_dim=M, mode="loss", downstream=downstream)
+    z, targets = torch.stack([points(seed=1), points(seed=2)]), torch.zeros(5, M, dtype=torch.float64)
+    found = torch.func.vmap(layer, in_dims=(0, None))(z, targets)
+    torch.testing.assert_close(found, smooth(z).square().sum(dim=2), rtol=0.0, atol=1e-12)
