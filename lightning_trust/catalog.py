@@ -384,6 +384,9 @@ METHODS: tuple[MethodEntry, ...] = (
             "lightning_trust.optim.ZOSVRG",
             "lightning_trust.optim.ZOConservative",
             "lightning_trust.optim.PatternSearch",
+            "lightning_trust.modules.SolverCorrection",
+            "lightning_trust.nn.PeriodicConvNet",
+            "lightning_trust.datamodules.BurgersDataModule",
         ),
     ),
     _entry(

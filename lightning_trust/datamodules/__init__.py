@@ -53,6 +53,7 @@ from lightning_trust.datamodules.unlearning import ForgetClass, ForgetIndices, F
 from lightning_trust.datamodules.zeroth_order import (
     HJB20,
     BlackScholes1D,
+    BurgersDataModule,
     CollocationPoints,
     ElementDensityDataModule,
     Heat,
@@ -60,6 +61,8 @@ from lightning_trust.datamodules.zeroth_order import (
     PDEDataModule,
     PDEProblem,
     Poisson,
+    burgers_step,
+    burgers_trajectory,
     crystal_density,
     oscillator_trajectory,
 )
@@ -70,6 +73,7 @@ __all__ = [
     "HJB20",
     "BiasedFashionMNIST",
     "BlackScholes1D",
+    "BurgersDataModule",
     "ByteTokenizer",
     "CXRDataModule",
     "CaptionedRows",
@@ -115,6 +119,8 @@ __all__ = [
     "SourcePruner",
     "TextDataModule",
     "TokenRows",
+    "burgers_step",
+    "burgers_trajectory",
     "crystal_density",
     "extract_features",
     "make_tokenizer",

@@ -10,7 +10,7 @@ from lightning_trust.modules.prompting import (
     TransferClassifier,
     VisualPromptClassifier,
 )
-from lightning_trust.modules.zeroth_order import PINNModule, SKSModule
+from lightning_trust.modules.zeroth_order import PINNModule, SKSModule, SolverCorrection
 
 __all__ = [
     "CausalLanguageModel",
@@ -19,6 +19,7 @@ __all__ = [
     "MultiLabelClassifier",
     "PINNModule",
     "SKSModule",
+    "SolverCorrection",
     "TransferClassifier",
     "VisualPromptClassifier",
 ]

@@ -1,5 +1,6 @@
 """Data of zeroth-order training."""
 
+from lightning_trust.datamodules.zeroth_order.burgers import BurgersDataModule, burgers_step, burgers_trajectory
 from lightning_trust.datamodules.zeroth_order.element_density import ElementDensityDataModule, crystal_density
 from lightning_trust.datamodules.zeroth_order.oscillator import OscillatorDataModule, oscillator_trajectory
 from lightning_trust.datamodules.zeroth_order.pde import HJB20, BlackScholes1D, Heat, PDEProblem, Poisson
@@ -8,6 +9,7 @@ from lightning_trust.datamodules.zeroth_order.pde_data_module import Collocation
 __all__ = [
     "HJB20",
     "BlackScholes1D",
+    "BurgersDataModule",
     "CollocationPoints",
     "ElementDensityDataModule",
     "Heat",
@@ -15,6 +17,8 @@ __all__ = [
     "PDEDataModule",
     "PDEProblem",
     "Poisson",
+    "burgers_step",
+    "burgers_trajectory",
     "crystal_density",
     "oscillator_trajectory",
 ]

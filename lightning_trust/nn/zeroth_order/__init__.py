@@ -10,6 +10,7 @@ from lightning_trust.nn.zeroth_order.derivatives import (
     SparseGridDerivatives,
     SteinDerivatives,
 )
+from lightning_trust.nn.zeroth_order.periodic_conv_net import PeriodicConvNet
 from lightning_trust.nn.zeroth_order.simulator import Simulator, SimulatorAnswers
 from lightning_trust.nn.zeroth_order.simulator_attempts import SimulatorAnswerError, SimulatorCounts, SimulatorError
 from lightning_trust.nn.zeroth_order.sine_mlp import SineMLP
@@ -23,6 +24,7 @@ __all__ = [
     "DerivativeEstimator",
     "FiniteDifference",
     "MuSuggestion",
+    "PeriodicConvNet",
     "Simulator",
     "SimulatorAnswerError",
     "SimulatorAnswers",
