@@ -151,7 +151,8 @@ class BurgersDataModule(SplitDataModule):
         if hasattr(self, "test_dataset"):
             return
         self.train_dataset = self._trajectories(0, self.train_rows, self.steps)
-        self.val_dataset = self._trajectories(1, self.val_rows, self.horizon)
+        if self.val_rows:
+            self.val_dataset = self._trajectories(1, self.val_rows, self.horizon)
         self.test_dataset = self._trajectories(2, self.test_rows, self.horizon)
 
 
