@@ -179,22 +179,19 @@ def test_a_run_learns_the_correction(way):
 
 
 def test_a_killed_run_resumes(tmp_path):
-    def trainer(callbacks, root):
-        pl.seed_everything(1, verbose=False)
-        every = [
-            ZerothOrderGradient(CGE()),
-            ExactResume(),
-            ModelCheckpoint(root, save_last=True, every_n_train_steps=1),
-        ]
-        settings = QUIET | {"enable_checkpointing": True, "max_epochs": 2, "default_root_dir": root}
-        return pl.Trainer(**settings, callbacks=[*every, *callbacks])
+    def run(folder, *callbacks, **kwargs):
+        host = module()
+        torch.manual_seed(4)
+        saver = ModelCheckpoint(dirpath=folder, every_n_train_steps=1, save_last=True, save_top_k=0)
+        settings = QUIET | {"enable_checkpointing": True, "max_epochs": 2}
+        every = [ZerothOrderGradient(CGE()), ExactResume(), saver, *callbacks]
+        pl.Trainer(**settings, callbacks=every).fit(host, Data(), **kwargs)
+        return host
 
-    whole = module()
-    trainer([], tmp_path / "whole").fit(whole, Data())
+    whole = run(tmp_path / "whole")
     with pytest.raises(RuntimeError, match="killed"):
-        trainer([Kill(3)], tmp_path / "killed").fit(module(), Data())
-    resumed = module()
-    trainer([], tmp_path / "killed").fit(resumed, Data(), ckpt_path=tmp_path / "killed" / "last.ckpt")
+        run(tmp_path / "killed", Kill(3))
+    resumed = run(tmp_path / "killed", ckpt_path=str(tmp_path / "killed" / "last.ckpt"))
     assert_equal(whole.state_dict(), resumed.state_dict(), "module")
 
 
