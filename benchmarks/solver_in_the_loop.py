@@ -2,9 +2,10 @@
 
     python -m benchmarks.solver_in_the_loop [--smoke] [--seeds 1 2 3]
 
-A convolution network of 89 weights corrects a solver on 32 cells after every step; the truth is a solver with four
-times the cells and sixteen times the steps. 64 trajectories cut into windows of 8 steps, Adam at a constant rate, the
-best of :data:`RATES` on validation rollouts of another seed; tested on rollouts of 32 steps from new states.
+A convolution network of 89 weights corrects a solver on 32 cells after every step; the truth is a solver of higher
+order with eight times the cells and sixteen times the steps. 64 trajectories cut into windows of 8 steps, Adam at a
+constant rate, the best of :data:`RATES` on validation rollouts of another seed; tested on rollouts of 32 steps from new
+states.
 
 * solver alone: no correction;
 * NON: trained on single steps of the true trajectories;

@@ -89,6 +89,7 @@ def _part(what: str, page: Path) -> str:
         "results": lambda: _results(page),
         "robustness": lambda: _robustness(ROOT / method("adversarial-training").results),
         "result": lambda: _result_of(method(argument)),
+        "table": lambda: _table_of(ROOT / argument),
         "curves": lambda: _curves(method(argument), page),
         "overhead": lambda: _overhead(RESULTS / "overhead.json"),
         "attacks": lambda: _attacks(RESULTS / "attacks.json"),
@@ -231,6 +232,11 @@ def _robustness(path: Path) -> str:
     words = "Accuracies in percent; union: correct under every attack. Intervals: Wilson, of one network's samples"
     counts = ", ".join(map(str, samples))
     return f"{_table(head, rows, len(head) - 1)}\n\n{_where(result)} {words} (n = {counts})."
+
+
+def _table_of(path: Path) -> str:
+    """The figures of a file that is not the result of a catalog row."""
+    return _figures(path) if path.is_file() else NOT_YET
 
 
 def _figures(path: Path) -> str:

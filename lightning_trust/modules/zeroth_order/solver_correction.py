@@ -52,7 +52,7 @@ class SolverCorrection(pl.LightningModule):
     Raises:
         ValueError: If states and trajectories do not fit each other, or the correction gives another shape.
         MisconfigurationException: If the solver gives losses (``mode="loss"``), or leaves rows out
-            (``on_failure="drop"``): a rollout goes on from every answer.
+            (``on_failure="drop"``): a rollout goes on from every answer; or if it is no ``BlackBoxLayer``.
 
     Note:
         A checkpoint keeps no solver: ``load_from_checkpoint`` needs ``solver`` and ``correction`` again.
@@ -73,6 +73,11 @@ class SolverCorrection(pl.LightningModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=1e-3),
     ) -> None:
         super().__init__()
+        if not isinstance(solver, BlackBoxLayer):
+            raise MisconfigurationException(
+                f"Expected a `solver` that is a BlackBoxLayer, but got {type(solver).__name__}. Wrap what takes and"
+                " gives states: BlackBoxLayer(solver, out_dim=<numbers in a state>)."
+            )
         if solver.mode == "loss":
             raise MisconfigurationException("Expected a `solver` that gives states, but got one with mode='loss'.")
         if solver.simulator is not None and solver.simulator.on_failure == "drop":
@@ -113,7 +118,7 @@ class SolverCorrection(pl.LightningModule):
     # -- steps ---------------------------------------------------------------------------------------------------------
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """The loss of a batch."""
-        states, trajectories = _checked(batch)
+        states, trajectories = self._checked(batch)
         if self.interactive:
             loss = F.mse_loss(self(states, trajectories.shape[1]), trajectories)
         else:
@@ -124,14 +129,14 @@ class SolverCorrection(pl.LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Log ``val/loss`` and ``val/mae`` of rollouts."""
-        states, trajectories = _checked(batch)
+        states, trajectories = self._checked(batch)
         found = self(states, trajectories.shape[1])
         self.log("val/loss", F.mse_loss(found, trajectories), batch_size=len(states), sync_dist=True)
         self._measure("val", "mae", found, trajectories)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Log the errors of rollouts, and that of the solver alone."""
-        states, trajectories = _checked(batch)
+        states, trajectories = self._checked(batch)
         found = self(states, trajectories.shape[1])
         self._measure("test", "mae", found, trajectories)
         self._measure("test", "mae_end", found[:, -1], trajectories[:, -1])
@@ -143,13 +148,27 @@ class SolverCorrection(pl.LightningModule):
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Rollouts of a batch."""
-        states, trajectories = _checked(batch)
+        states, trajectories = self._checked(batch)
         return self(states, trajectories.shape[1])
 
     def _measure(self, part: str, name: str, found: Tensor, expected: Tensor) -> None:
         measure = self.measures[f"{part}_{name}"]
         measure.update(found.contiguous(), expected.contiguous())  # type: ignore[operator]
         self.log(f"{part}/{name}", measure, on_step=False, on_epoch=True, batch_size=len(found))  # type: ignore[arg-type]
+
+    def _checked(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        states, trajectories = batch
+        if states.ndim != 2 or trajectories.ndim != 3 or trajectories[:, 0].shape != states.shape:
+            raise ValueError(
+                "Expected a batch of states (B, n) and trajectories (B, T, n), but got shapes"
+                f" {tuple(states.shape)} and {tuple(trajectories.shape)}."
+            )
+        if states.shape[1] != self.solver.out_dim:
+            raise ValueError(
+                f"Expected states of {self.solver.out_dim} numbers, which are what the solver gives (`out_dim`), but"
+                f" got {states.shape[1]}."
+            )
+        return states, trajectories
 
     def teardown(self, stage: str) -> None:
         """End the workers of the solver."""
@@ -158,13 +177,3 @@ class SolverCorrection(pl.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimizer of the correction."""
         return self._make_optimizer(self.parameters())
-
-
-def _checked(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    states, trajectories = batch
-    if states.ndim != 2 or trajectories.ndim != 3 or trajectories[:, 0].shape != states.shape:
-        raise ValueError(
-            "Expected a batch of states (B, n) and trajectories (B, T, n), but got shapes"
-            f" {tuple(states.shape)} and {tuple(trajectories.shape)}."
-        )
-    return states, trajectories

@@ -8,9 +8,12 @@ from torch import Tensor, nn
 
 
 class PeriodicConvNet(nn.Module):
-    """Convolutions along a periodic grid with tanh between them; at the start its output is zero.
+    r"""A correction of values on a periodic grid by what flows between neighbours: convolutions with ReLU between them.
 
-    What corrects a solver starts with no correction.
+    .. math:: y_i = q_i - q_{i-1}, \qquad q = \mathrm{conv}(\mathrm{ReLU}(\cdots \mathrm{conv}(x)))
+
+    so that the sum over the cells is zero: what corrects a solver of a conservation law keeps what is conserved. At the
+    start the last layer is zero, and there is no correction.
 
     Shape:
         - Input: ``(B, n)``, values of a state on ``n`` cells.
@@ -48,10 +51,10 @@ class PeriodicConvNet(nn.Module):
         ]
         for parameter in convolutions[-1].parameters():
             nn.init.zeros_(parameter)
-        between = [part for convolution in convolutions[:-1] for part in (convolution, nn.Tanh())]
+        between = [part for convolution in convolutions[:-1] for part in (convolution, nn.ReLU())]
         self.layers = nn.Sequential(*between, convolutions[-1])
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, n)`` -> ``(B, n)``."""
-        out: Tensor = self.layers(x.unsqueeze(1))
-        return out.squeeze(1)
+        flux: Tensor = self.layers(x.unsqueeze(1)).squeeze(1)
+        return flux - flux.roll(1, dims=-1)

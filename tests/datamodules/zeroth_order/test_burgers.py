@@ -85,14 +85,39 @@ def test_finer_grids_come_to_the_exact_solution():
     assert errors[1] < 0.02
 
 
-def test_trajectories_are_those_of_the_fine_solver():
-    fine = states(rows=2, cells=128)
-    found = burgers_trajectory(fine, 2)
-    assert found.shape == (2, 3, 32)
-    np.testing.assert_allclose(found[:, 0], fine.reshape(2, 32, 4).mean(axis=2))
+def test_trajectories_start_at_the_states_and_come_to_the_exact_solution():
+    edges = np.arange(256) / 256
+    fine = ((np.cos(2 * np.pi * edges) - np.cos(2 * np.pi * (edges + 1 / 256))) / (2 * np.pi) * 256)[None]
+    found = burgers_trajectory(fine, 8)
+    assert found.shape == (1, 9, 32)
+    np.testing.assert_allclose(found[:, 0], fine.reshape(1, 32, 8).mean(axis=2))
+    np.testing.assert_allclose(found.mean(axis=2), 0.0, atol=1e-14)
+    # means of cells by eight points each; at 0.16 the wave breaks
+    points = (np.arange(32)[:, None] + (np.arange(8) + 0.5) / 8) / 32
+    for steps in (2, 8):
+        expected = [np.mean([exact(x, steps * STEP, VISCOSITY) for x in cell]) for cell in points]
+        assert np.abs(found[0, steps] - expected).max() < 2e-3
+
+
+def test_trajectories_are_converged():
+    # the coarse solver is a hundred times as far from them
+    centres = (np.arange(512) + 0.5) / 512
+    finest = (0.6 * np.sin(2.0 * np.pi * centres) + 0.3 * np.cos(4.0 * np.pi * centres + 1.0))[None]
+    found = burgers_trajectory(finest.reshape(1, 256, 2).mean(axis=2), 16)
+
+    def slope(_, u):
+        right = np.roll(u, -1)
+        flux = (u**2 + u * right + right**2) / 6.0 - VISCOSITY * (right - u) * 512
+        return -(flux - np.roll(flux, 1)) * 512
+
+    solved = solve_ivp(slope, (0.0, 16 * STEP), finest[0], t_eval=[16 * STEP], rtol=1e-6, atol=1e-8)
+    expected = solved.y[:, -1].reshape(32, 16).mean(axis=1)
+    error = np.abs(found[0, -1] - expected).mean()
+    coarse = finest.reshape(1, 32, 16).mean(axis=2)
     for _ in range(16):
-        fine = burgers_step(fine, STEP / 16)
-    np.testing.assert_allclose(found[:, 1], fine.reshape(2, 32, 4).mean(axis=2))
+        coarse = burgers_step(coarse)
+    assert np.abs(coarse[0] - expected).mean() > 50 * error
+    assert error < 5e-4
 
 
 def test_windows_follow_one_another():

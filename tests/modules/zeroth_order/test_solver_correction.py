@@ -222,6 +222,7 @@ def test_two_ranks_equal_one(tmp_path):
         ),
         (lambda s, t: (s[:4], t), r"but got shapes \(4, 3\) and \(8, 4, 3\)"),
         (lambda s, t: (s[:, 0], t), r"but got shapes \(8,\) and \(8, 4, 3\)"),
+        (lambda s, t: (s[:, :2], t[..., :2]), r"states of 3 numbers, which are what the solver gives .*, but got 2"),
     ],
 )
 def test_batches_of_the_wrong_shape(change, words):
@@ -234,6 +235,8 @@ def test_bad_input():
         SolverCorrection(asked(mode="loss", downstream=lambda answers: answers.sum(dim=1)), nn.Linear(N, N))
     with pytest.raises(MisconfigurationException, match="on_failure='drop' leaves some out"):
         SolverCorrection(asked(on_failure="drop"), nn.Linear(N, N))
+    with pytest.raises(MisconfigurationException, match="is a BlackBoxLayer, but got Tanh. Wrap what takes"):
+        SolverCorrection(nn.Tanh(), nn.Linear(N, N))
     host = SolverCorrection(asked(), nn.Linear(N, 1))
     with pytest.raises(ValueError, match=r"`correction` to give the shape of the states, \(8, 3\), but got \(8, 1\)"):
         loss_of(host, rows()[:])

@@ -19,16 +19,22 @@ def moved(network):
 def test_it_starts_at_zero_and_learns_from_there():
     network, x = PeriodicConvNet(channels=4, layers=3), torch.randn(2, 16)
     assert not network(x).any()
-    (network(x) - 1.0).square().mean().backward()
+    (network(x) - torch.randn(2, 16)).square().mean().backward()
     assert network.layers[-1].weight.grad.abs().max() > 0.0
+
+
+def test_what_it_gives_sums_to_zero():
+    found = moved(PeriodicConvNet(channels=4, layers=3)).double()(torch.randn(5, 16).double())
+    assert found.abs().max() > 0.1
+    torch.testing.assert_close(found.sum(dim=1), torch.zeros(5).double(), rtol=0.0, atol=1e-12)
 
 
 def test_it_knows_no_place_on_the_grid():
     network, x = moved(PeriodicConvNet(channels=4, layers=3, kernel_size=3)).double(), torch.randn(2, 16).double()
     torch.testing.assert_close(network(x.roll(5, dims=1)), network(x).roll(5, dims=1), rtol=0.0, atol=1e-12)
-    # a cell reaches one cell on each side in each of three layers
+    # a cell reaches one cell on each side in each of three layers, and what flows out of a cell flows into the next
     reached = (network(x + nn.functional.one_hot(torch.tensor(0), 16)) - network(x)).abs().sum(dim=0) > 0.0
-    assert reached.nonzero().flatten().tolist() == [0, 1, 2, 3, 13, 14, 15]
+    assert reached.nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 13, 14, 15]
 
 
 def test_layers():
