@@ -54,7 +54,7 @@ COLUMNS = {
     "rate": Column("Learning rate x 1,000", "number"),
 }
 STEPS = 400
-RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 SHORT = 8
 
 
