@@ -237,7 +237,7 @@ class BlackBoxLayer(nn.Module):
             context: Known inputs of the black box, or what ``downstream`` needs; see the class.
 
         """
-        if torch.is_grad_enabled() and z.requires_grad:
+        if self.direct is not None or (torch.is_grad_enabled() and z.requires_grad):
             return self._ask(z, context)
         answers: Tensor = _Asked.apply(self, z, *context)
         return answers

@@ -621,3 +621,12 @@ def test_vmap_of_losses():
     z, targets = torch.stack([points(seed=1), points(seed=2)]), torch.zeros(5, M, dtype=torch.float64)
     found = torch.func.vmap(layer, in_dims=(0, None))(z, targets)
     torch.testing.assert_close(found, smooth(z).square().sum(dim=2), rtol=0.0, atol=1e-12)
+
+
+def test_differentiable_code_keeps_the_gradient_of_its_own_weights():
+    inner = nn.Linear(D, M).double()
+    layer, z = BlackBoxLayer(inner, out_dim=M, direct=True), points()
+    layer(z).sum().backward()
+    torch.testing.assert_close(inner.weight.grad, z.sum(dim=0).expand(M, D))
+    stacked = torch.stack([z, 2.0 * z])
+    torch.testing.assert_close(torch.func.vmap(layer)(stacked), inner(stacked))
