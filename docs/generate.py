@@ -215,7 +215,9 @@ def _robustness(path: Path) -> str:
         return NOT_YET
     result = RobustnessResult.read(path)
     attacks = [name for name in result.rows[0].accuracy if name not in ("clean", "union")]
-    head = ["Training", "Clean", *attacks, "Union", "95 % interval of union", "Seconds an epoch"]
+    one = len(result.seeds) == 1
+    spread = "95 % interval of union" if one else "Each seed"
+    head = ["Training", "Clean", *attacks, "Union", spread, "Seconds an epoch"]
     rows = []
     for run in dict.fromkeys(row.run for row in result.rows):
         own = [row for row in result.rows if row.run == run]
@@ -229,9 +231,13 @@ def _robustness(path: Path) -> str:
             ]
         )
     samples = sorted({row.samples for row in result.rows})
-    words = "Accuracies in percent; union: correct under every attack. Intervals: Wilson, of one network's samples"
     counts = ", ".join(map(str, samples))
-    return f"{_table(head, rows, len(head) - 1)}\n\n{_where(result)} {words} (n = {counts})."
+    widest = max((high - low) / 2 for row in result.rows for low, high in row.intervals.values())
+    words = f"Intervals: Wilson, of one network's samples (n = {counts})."
+    if not one:
+        words = f"95 % interval of one network (Wilson, n = {counts}): {100 * widest:.1f} points to each side at most."
+    words = f"Accuracies in percent; union: correct under every attack. {words}"
+    return f"{_table(head, rows, len(head) - 1)}\n\n{_where(result)} {words}"
 
 
 def _table_of(path: Path) -> str:
@@ -285,7 +291,7 @@ def _share(rows: list[RobustnessRow], name: str) -> str:
 
 def _interval(rows: list[RobustnessRow]) -> str:
     if len(rows) > 1:
-        return "; ".join(f"seed {row.seed}: {100 * row.accuracy['union']:.1f}" for row in rows)
+        return ", ".join(f"{100 * row.accuracy['union']:.1f}" for row in rows)
     low, high = rows[0].intervals["union"]
     return f"{100 * low:.1f} to {100 * high:.1f}"
 
