@@ -10,6 +10,7 @@ import torch
 torch.set_num_threads(1)
 
 import gc
+import logging
 import multiprocessing
 import random
 import signal
@@ -61,6 +62,16 @@ def _environment_restored():
     os.environ.update(before)
     changed = {name for name in {*before, *after} if before.get(name) != after.get(name)}
     assert not changed - TOLERATED_VARIABLES, f"changed environment variables: {sorted(changed - TOLERATED_VARIABLES)}"
+
+
+@pytest.fixture(autouse=True)
+def _log_levels_restored():
+    # benchmarks silence Lightning in their `main`, which is theirs to do in a process of their own
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning")]
+    before = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, before, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture(autouse=True)
