@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.overhead import peak_bytes, quiet_trainer
+from benchmarks.overhead import peak_bytes
+from benchmarks.silent_trainer import SILENT
 from benchmarks.timing import row
 from lightning_trust.attacks import APGD, PGD, Attack
 from lightning_trust.callbacks import AdversarialTraining
@@ -110,7 +111,7 @@ def training_step(rounds: int = 8, batches: int = 8, batch_size: int = 128) -> l
                     callbacks.append(AdversarialTraining(PGD(EPS, STEP, STEPS), objective=objective))
                 else:
                     host = by_hand("SmallCNN")
-                quiet_trainer(max_epochs=1, limit_val_batches=0, callbacks=callbacks).fit(host, data)
+                pl.Trainer(**SILENT, max_epochs=1, limit_val_batches=0, callbacks=callbacks).fit(host, data)
         found = {name: statistics.median(clock.seconds) for name, clock in clocks.items()}
         what = f"AdversarialTraining step over one by hand, {objective}, PGD-{STEPS}, small CNN, batch {batch_size}"
         result.append(row(what, found["ours"] / found["by hand"], 1.03, found))

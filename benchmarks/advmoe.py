@@ -30,7 +30,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from benchmarks.quiet import SILENT
+from benchmarks.silent_trainer import SILENT
 from benchmarks.table_results import Column, TableResult, TableRow
 from benchmarks.timing import medians
 from lightning_trust.attacks import PGD, RoutedPGD

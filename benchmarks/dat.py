@@ -34,7 +34,7 @@ torch.set_num_threads(1)
 
 import lightning.pytorch as pl  # noqa: E402
 
-from benchmarks.quiet import SILENT  # noqa: E402
+from benchmarks.silent_trainer import SILENT  # noqa: E402
 from benchmarks.table_results import Column, TableResult, TableRow  # noqa: E402
 from lightning_trust.attacks import PGD  # noqa: E402
 from lightning_trust.callbacks import AdversarialTraining, QuantizedAllReduce, RobustEvaluation  # noqa: E402

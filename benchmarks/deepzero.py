@@ -32,7 +32,7 @@ torch.set_num_threads(1)
 import lightning.pytorch as pl  # noqa: E402
 
 from benchmarks.curve_results import Curve, CurveResult  # noqa: E402
-from benchmarks.quiet import SILENT  # noqa: E402
+from benchmarks.silent_trainer import SILENT  # noqa: E402
 from lightning_trust.callbacks import DynamicSparseGradient, OneShotPruning, ZerothOrderGradient  # noqa: E402
 from lightning_trust.core.host import named_parameters  # noqa: E402
 from lightning_trust.core.masks import select_parameters  # noqa: E402

@@ -30,7 +30,7 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
-from benchmarks.quiet import SILENT
+from benchmarks.silent_trainer import SILENT
 from benchmarks.stored import now
 from benchmarks.table_results import Column, TableResult, TableRow
 from lightning_trust.core.records import hardware, versions

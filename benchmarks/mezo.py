@@ -26,7 +26,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from benchmarks.quiet import SILENT
+from benchmarks.silent_trainer import SILENT
 from benchmarks.table_results import Column, TableResult, TableRow
 from lightning_trust.callbacks import ZerothOrderGradient
 from lightning_trust.datamodules import CodeCorpus, CodeOrProse

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.silent_trainer import SILENT
 from benchmarks.timing import Row, measure, medians, row
 from lightning_trust.callbacks import SalUn
 from lightning_trust.core.masks import ParameterMask, WeightZeroing, select_parameters
@@ -25,18 +26,6 @@ from lightning_trust.core.step import StepTransform
 from lightning_trust.datamodules import FashionMNIST, ForgetRandom, ForgetSplit
 from lightning_trust.modules import ImageClassifier
 from lightning_trust.nn import resnet18_small
-
-
-def quiet_trainer(**settings: object) -> pl.Trainer:
-    """A Trainer that does nothing but train."""
-    return pl.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **settings,
-    )
 
 
 def mask_enforcement(rounds: int) -> list[Row]:
@@ -137,7 +126,7 @@ def chain(rounds: int) -> list[Row]:
     data = DataLoader(TensorDataset(torch.zeros(2, 1)), batch_size=1)
     host = NoWork()
     transform = NoTransform()
-    quiet_trainer(max_steps=1, callbacks=[transform, Time()]).fit(host, data)
+    pl.Trainer(**SILENT, max_steps=1, callbacks=[transform, Time()]).fit(host, data)
     if transform.calls != 200 * (rounds + 2) + 1:
         raise RuntimeError(f"Expected the chain to be timed with its transform, but that ran {transform.calls} times.")
     micros = (found["chain"] - found["plain"]) / 200 * 1e6
@@ -177,7 +166,7 @@ def saliency(rounds: int) -> list[Row]:
             rows.append(row("SalUn's mask, extra peak memory in parameter bytes", extra, 1.3, peaks))
             trainer.should_stop = True
 
-    quiet_trainer(max_steps=1, limit_train_batches=1, limit_val_batches=0, callbacks=[SalUn(), Measure()]).fit(
+    pl.Trainer(**SILENT, max_steps=1, limit_train_batches=1, limit_val_batches=0, callbacks=[SalUn(), Measure()]).fit(
         host, split
     )
     return rows

@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
-from benchmarks.quiet import SILENT
+from benchmarks.silent_trainer import SILENT
 from lightning_trust.callbacks import IterativeLabelMapping
 from lightning_trust.core.wrapping import surrounding
 from lightning_trust.datamodules import Digits, FashionMNIST, RotatedFashionMNIST

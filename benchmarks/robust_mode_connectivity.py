@@ -31,7 +31,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
-from benchmarks.quiet import SILENT
+from benchmarks.silent_trainer import SILENT
 from benchmarks.table_results import Column, TableResult, TableRow
 from lightning_trust.attacks import APGD, MSD, PGD, Attack, WorstOf
 from lightning_trust.callbacks import (

@@ -19,6 +19,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from benchmarks.silent_trainer import SILENT
 from benchmarks.table_results import Column, TableResult, TableRow
 from lightning_trust.attacks import PGD
 from lightning_trust.callbacks import OODEvaluation, SaliencyGuidedAdversarialTraining
@@ -59,13 +60,9 @@ def run(name: str, amplitude: float, seed: int, rows: int = 8000, epochs: int = 
         attack = PGD(eps=EPS, step_size=0.04, steps=5) if chosen.pop("attack", False) else None
         callbacks.insert(0, SaliencyGuidedAdversarialTraining(attack, **chosen))
     trainer = pl.Trainer(
+        **SILENT,
         max_epochs=epochs,
         callbacks=callbacks,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         limit_val_batches=0,
     )
     host = ImageClassifier("SmallCNN")

@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import functools
 import logging
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -35,7 +36,7 @@ torch.set_num_threads(1)
 import lightning.pytorch as pl  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from benchmarks.quiet import SILENT  # noqa: E402
+from benchmarks.silent_trainer import SILENT  # noqa: E402
 from benchmarks.table_results import Column, TableResult, TableRow  # noqa: E402
 from lightning_trust.callbacks import ZerothOrderGradient  # noqa: E402
 from lightning_trust.datamodules import BurgersDataModule, burgers_step  # noqa: E402
@@ -101,7 +102,7 @@ def validated(name: str, rate: float, steps: int) -> float:
     """MAE of validation rollouts of a seed that no table has; what is not finite is the worst."""
     module, _ = trained(name, 0, rate, steps)
     (found,) = pl.Trainer(**QUIET).validate(module, BurgersDataModule(seed=0), verbose=False)
-    return found["val/mae"] if found["val/mae"] == found["val/mae"] else float("inf")
+    return float("inf") if math.isnan(found["val/mae"]) else found["val/mae"]
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ import lightning.pytorch as pl  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.optim.lr_scheduler import LambdaLR  # noqa: E402
 
-from benchmarks.quiet import SILENT  # noqa: E402
+from benchmarks.silent_trainer import SILENT  # noqa: E402
 from benchmarks.table_results import Column, TableResult, TableRow  # noqa: E402
 from benchmarks.tensor_bp_free_images import SCENARIO, image_runs, measured_images  # noqa: E402
 from lightning_trust.callbacks import ZerothOrderGradient  # noqa: E402

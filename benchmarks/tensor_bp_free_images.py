@@ -17,7 +17,7 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
-from benchmarks.quiet import SILENT
+from benchmarks.silent_trainer import SILENT
 from lightning_trust.callbacks import ZerothOrderGradient
 from lightning_trust.core.schedules import Cosine
 from lightning_trust.datamodules import FashionMNIST

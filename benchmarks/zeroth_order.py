@@ -29,6 +29,7 @@ from torch import Tensor, nn  # noqa: E402
 from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
 from benchmarks.overhead import peak_bytes  # noqa: E402
+from benchmarks.silent_trainer import SILENT  # noqa: E402
 from benchmarks.timing import Row, measure, medians, row  # noqa: E402
 from lightning_trust.callbacks import ZerothOrderGradient  # noqa: E402
 from lightning_trust.modules import ImageClassifier  # noqa: E402
@@ -164,13 +165,9 @@ def steps_of_trainer(rounds: int, network: nn.Module, images: Tensor, **estimato
         for name, estimator in estimators.items():
             clock = BatchClock()
             trainer = pl.Trainer(
-                accelerator="cpu",
+                **SILENT,
                 devices=1,
                 max_epochs=2,
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
                 callbacks=[clock, ZerothOrderGradient(estimator)],
             )
             trainer.fit(ImageClassifier(copy.deepcopy(network), schedule="constant"), loader)

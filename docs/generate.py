@@ -89,7 +89,7 @@ def _part(what: str, page: Path) -> str:
         "results": lambda: _results(page),
         "robustness": lambda: _robustness(ROOT / method("adversarial-training").results),
         "result": lambda: _result_of(method(argument)),
-        "table": lambda: _table_of(ROOT / argument),
+        "table": lambda: _figures(ROOT / argument),
         "curves": lambda: _curves(method(argument), page),
         "overhead": lambda: _overhead(RESULTS / "overhead.json"),
         "attacks": lambda: _attacks(RESULTS / "attacks.json"),
@@ -240,12 +240,9 @@ def _robustness(path: Path) -> str:
     return f"{_table(head, rows, len(head) - 1)}\n\n{_where(result)} {words}"
 
 
-def _table_of(path: Path) -> str:
-    """The figures of a file that is not the result of a catalog row."""
-    return _figures(path) if path.is_file() else NOT_YET
-
-
 def _figures(path: Path) -> str:
+    if not path.is_file():
+        return NOT_YET
     result = TableResult.read(path)
     text = []
     scenarios = list(dict.fromkeys(row.scenario for row in result.rows))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_trust.core.hyperparameters import save_arguments
 from lightning_trust.core.learning_rates import LearningRates, check_schedule, scheduled
 from lightning_trust.nn import create_network
 
@@ -103,9 +104,7 @@ class ImageClassifier(pl.LightningModule):
             )
         parts = {"network": network, "schedule": schedule}
         objects = [name for name, part in parts.items() if not isinstance(part, str)]
-        self.save_hyperparameters(ignore=["optimizer", *self.built_arguments, *objects])
-        if "_instantiator" in self.hparams:  # LightningCLI is at work and hands over plain data for every argument
-            self.save_hyperparameters()
+        save_arguments(self, ["optimizer", *self.built_arguments, *objects])
         self.network = (
             create_network(network, in_channels, num_classes, **(network_args or {}))
             if isinstance(network, str)

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from lightning_trust.core.hyperparameters import save_arguments
 from lightning_trust.core.learning_rates import check_schedule, scheduled
 from lightning_trust.core.schedules import Schedule
 from lightning_trust.nn.language import LoRA, create_causal_network
@@ -100,12 +101,9 @@ class CausalLanguageModel(pl.LightningModule):
         check_schedule(schedule)
         # plain data, as it comes back from a checkpoint
         lora = LoRA(**lora) if isinstance(lora, Mapping) else lora
-        self.save_hyperparameters(
-            ignore=["optimizer", "lora", *([] if isinstance(schedule, str) else ["schedule"])],
-        )
-        self.save_hyperparameters({"lora": None if lora is None else asdict(lora)})
-        if "_instantiator" in self.hparams:  # LightningCLI is at work and hands over plain data for every argument
-            self.save_hyperparameters()
+        save_arguments(self, ["optimizer", "lora", *([] if isinstance(schedule, str) else ["schedule"])])
+        if "lora" not in self.hparams:
+            self.save_hyperparameters({"lora": None if lora is None else asdict(lora)})
         self.network = create_causal_network(model, config, lora, dtype, gradient_checkpointing)
         self.schedule = schedule
         self._make_optimizer = optimizer

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from lightning_trust.core.hyperparameters import save_arguments
 from lightning_trust.core.learning_rates import LearningRates, check_schedule, scheduled
 from lightning_trust.core.space import InputSpace
 from lightning_trust.nn.prompting.clip_templates import DEFAULT_TEMPLATE
@@ -115,9 +116,7 @@ class ContrastivePretraining(pl.LightningModule):
         super().__init__()
         check_schedule(schedule)
         class_texts(class_names or ["class"], templates)
-        self.save_hyperparameters(ignore=["optimizer", *([] if isinstance(schedule, str) else ["schedule"])])
-        if "_instantiator" in self.hparams:  # LightningCLI is at work and hands over plain data for every argument
-            self.save_hyperparameters()
+        save_arguments(self, ["optimizer", *([] if isinstance(schedule, str) else ["schedule"])])
         network, self.tokenizer = create_clip(model, config)
         self.config = config_of(network, model, config)
         self.network: Any = network

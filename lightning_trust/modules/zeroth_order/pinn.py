@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.data import DataLoader
 
+from lightning_trust.core.hyperparameters import save_arguments
 from lightning_trust.datamodules import PDEDataModule, PDEProblem
 from lightning_trust.metrics import RelativeL2
 from lightning_trust.nn import DerivativeEstimator, SparseGridDerivatives
@@ -103,9 +104,7 @@ class PINNModule(pl.LightningModule):
             raise MisconfigurationException(
                 f"relative_l2=True needs the exact solution, but {type(pde).__name__} has none. Pass relative_l2=False."
             )
-        self.save_hyperparameters(ignore=["net", "pde", "derivatives", "optimizer", "lr_scheduler"])
-        if "_instantiator" in self.hparams:  # LightningCLI is at work and hands over plain data for every argument
-            self.save_hyperparameters()
+        save_arguments(self, ["net", "pde", "derivatives", "optimizer", "lr_scheduler"])
         self.net = net
         self.pde = pde
         self.derivatives = derivatives

@@ -15,6 +15,7 @@ from torchmetrics import MeanAbsoluteError, MeanSquaredError, Metric
 from torchmetrics.regression import R2Score
 
 from lightning_trust.core.distributed import sum_over_ranks_, world_size
+from lightning_trust.core.hyperparameters import save_arguments
 from lightning_trust.nn import BlackBoxLayer
 
 Loss = Literal["mse", "mae", "huber"]
@@ -107,10 +108,7 @@ class SKSModule(pl.LightningModule):
             )
         if known and sks.mode == "loss":
             raise MisconfigurationException("A source with mode='loss' takes no `known` inputs. Pass mode='vjp'.")
-        modules = ["encoder", "sks", "decoder", "head"]
-        self.save_hyperparameters(ignore=["optimizer", *modules])
-        if "_instantiator" in self.hparams:  # LightningCLI is at work and hands over plain data for every argument
-            self.save_hyperparameters()
+        save_arguments(self, ["encoder", "sks", "decoder", "head", "optimizer"])
         self.encoder = encoder
         self.sks = sks
         self.decoder = decoder

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torchmetrics import MeanAbsoluteError
 
+from lightning_trust.core.hyperparameters import save_arguments
 from lightning_trust.nn import BlackBoxLayer
 
 
@@ -85,10 +86,7 @@ class SolverCorrection(pl.LightningModule):
                 "A rollout goes on from every answer of the solver, but on_failure='drop' leaves some out. Pass"
                 " on_failure='raise' or 'nearest'."
             )
-        modules = ["solver", "correction"]
-        self.save_hyperparameters(ignore=["optimizer", *modules])
-        if "_instantiator" in self.hparams:  # LightningCLI is at work and hands over plain data for every argument
-            self.save_hyperparameters()
+        save_arguments(self, ["solver", "correction", "optimizer"])
         self.solver = solver
         self.correction = correction
         self.interactive = interactive

@@ -273,25 +273,16 @@ class Simulator:
         return SimulatorAnswers(answers.values[mine], answers.valid[mine])
 
     def _answers(self, points: Array, seeds: Seeds | None) -> SimulatorAnswers:
-        if len(points) and not self._remembers and self.on_failure != "nearest":
-            # each row is asked for itself, equal ones too
-            values = self._timed(points, seeds)
-            return SimulatorAnswers(values, _answered(values))
-        values = np.full((len(points), self.out_dim), np.nan)
-        keys = [point_key(point, None if seeds is None else seeds[row]) for row, point in enumerate(points)]
-        first = self._from_memory(keys, values)
-        if first:
-            rows = np.array(list(first.values()))
-            values[rows] = self._timed(points[rows], None if seeds is None else seeds[rows])
-            self._remember(points, seeds, keys, values, rows)
-            if self._remembers:
-                values[:] = values[[first.get(key, row) for row, key in enumerate(keys)]]
-        valid = _answered(values)
+        # without a memory each row is asked for itself, equal ones too
+        values = self._from_memory(points, seeds) if self._remembers else self._timed(points, seeds)
+        valid = np.asarray(np.isfinite(values).all(axis=1))
         if self.on_failure == "nearest":
-            self._put_nearest(points, keys, values, valid)
+            self._put_nearest(points, seeds, values, valid)
         return SimulatorAnswers(values, valid)
 
     def _timed(self, points: Array, seeds: Seeds | None) -> Array:
+        if not len(points):
+            return np.empty((0, self.out_dim))
         start = time.perf_counter()
         try:
             return self._asked(points, seeds)
@@ -307,15 +298,14 @@ class Simulator:
     def _file(self) -> AnswerFile | None:
         return None if self.results is None else AnswerFile(self.results, self.name, self.out_dim, rank())
 
-    def _from_memory(self, keys: list[bytes], values: Array) -> dict[bytes, int]:
-        """Fill in what is known; the first row of each key that is not."""
-        if not self._remembers:
-            # each row is asked for itself, equal ones too
-            return {f"{row}".encode(): row for row in range(len(keys))}
+    def _from_memory(self, points: Array, seeds: Seeds | None) -> Array:
+        """Answers that are known, and those to the first row of each point that is not."""
         file = self._file
         if not self._read and file is not None:
             self._kept = file.read()
         self._read = True
+        values = np.full((len(points), self.out_dim), np.nan)
+        keys = _keys(points, seeds)
         first: dict[bytes, int] = {}
         for row, key in enumerate(keys):
             known = self._remembered.get(key)
@@ -329,7 +319,10 @@ class Simulator:
                 self.counts.hits += 1
             else:
                 first[key] = row
-        return first
+        rows = np.fromiter(first.values(), dtype=np.int64)
+        values[rows] = self._timed(points[rows], None if seeds is None else seeds[rows])
+        self._remember(points, seeds, keys, values, rows)
+        return values[[first.get(key, row) for row, key in enumerate(keys)]]
 
     def _remember(
         self, points: Array, seeds: Seeds | None, keys: list[bytes], values: Array, rows: NDArray[np.int64]
@@ -344,7 +337,8 @@ class Simulator:
             while len(self._remembered) > self.cache:
                 self._remembered.popitem(last=False)
 
-    def _put_nearest(self, points: Array, keys: list[bytes], values: Array, valid: NDArray[np.bool_]) -> None:
+    def _put_nearest(self, points: Array, seeds: Seeds | None, values: Array, valid: NDArray[np.bool_]) -> None:
+        keys = _keys(points, seeds)
         for row in np.flatnonzero(valid):
             self._recent[keys[row]] = (points[row].copy(), values[row].copy())
             self._recent.move_to_end(keys[row])
@@ -394,9 +388,8 @@ class Simulator:
             raise
 
 
-def _answered(values: Array) -> NDArray[np.bool_]:
-    """Which rows have an answer."""
-    return np.asarray(np.isfinite(values).all(axis=1))
+def _keys(points: Array, seeds: Seeds | None) -> list[bytes]:
+    return [point_key(point, None if seeds is None else seeds[row]) for row, point in enumerate(points)]
 
 
 def _check_importable(run: Callable[..., Any]) -> None:

@@ -81,7 +81,7 @@ class BlockQueries:
         if queries._cross_entropy is not None:
             queries.base = queries._cross_entropy.base
         else:
-            queries.base = queries._losses_of([call.inputs[-1][None] for call in queries._calls])[0]
+            queries.base = queries._losses_of([output[None] for output in queries._outputs])[0]
             oracle.queries -= 1
         return queries
 
@@ -113,16 +113,8 @@ class BlockQueries:
         if len(self._calls) == 1:
             return False
         given: list[Tensor] = []
-        moved = iter([torch.lerp(call.inputs[-1], torch.ones_like(call.inputs[-1]), 1e-3) for call in self._calls])
-
-        def forward(x: Tensor, *_: Any, **__: Any) -> Tensor:
-            torch.set_rng_state(self._calls[len(given)].state)
-            given.append(x)
-            return next(moved)
-
         try:
-            with _replaced_forward(self._network, forward):
-                self.oracle.value()
+            self._loss_of(*(x + 1e-3 * (1.0 + x.abs()) for x in self._outputs), given=given)
         except Exception:
             # whatever a loss makes of other outputs, it is asked whole then
             return True
@@ -136,7 +128,7 @@ class BlockQueries:
         On the way it is seen whether the loss is the mean cross-entropy of one output and nothing else: then it needs
         no evaluation of the whole step for every coordinate.
         """
-        outputs, watch = [call.inputs[-1] for call in self._calls], CrossEntropyCalls()
+        outputs, watch = self._outputs, CrossEntropyCalls()
         inside = [self.oracle.parameters[name] for name in self.block_of]
         kept = [parameter.detach().clone() for parameter in inside]
         try:
@@ -151,6 +143,11 @@ class BlockQueries:
         if targets is not None:
             self._cross_entropy = NearbyCrossEntropy(outputs[0], targets)
         return not same_loss(self.oracle.scalar(found), self.base)
+
+    @property
+    def _outputs(self) -> list[Tensor]:
+        """What the network's calls gave in the clean pass."""
+        return [call.inputs[-1] for call in self._calls]
 
     @property
     def _network(self) -> nn.Module:
@@ -298,10 +295,13 @@ class BlockQueries:
         found = found.reshape(count)
         return found if found.dtype.itemsize >= 4 else found.float()
 
-    def _loss_of(self, *outputs: Tensor) -> Tensor:
+    def _loss_of(self, *outputs: Tensor, given: list[Tensor] | None = None) -> Tensor:
+        """The loss where the network answers with these outputs; what it was given is appended to ``given``."""
         calls = iter(zip(outputs, self._calls, strict=True))
 
-        def forward(*_: Any, **__: Any) -> Tensor:
+        def forward(x: Tensor, *_: Any, **__: Any) -> Tensor:
+            if given is not None:
+                given.append(x)
             output, call = next(calls)
             torch.set_rng_state(call.state)
             return output

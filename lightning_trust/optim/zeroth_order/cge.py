@@ -134,8 +134,7 @@ class CGE(GradientEstimator):
                 "feature_reuse=True needs a network that is nn.Sequential or implements SplitModule (a method `blocks`"
                 " that returns the modules its forward pass is a chain of), has no hooks, is called with one tensor"
                 " that does not depend on what it gave before, and whose outputs are all that the loss reads of the"
-                f" weights, but got {found}. Leave"
-                " feature_reuse='auto'."
+                f" weights, but got {found}. Leave feature_reuse='auto'."
             )
         return queries
 

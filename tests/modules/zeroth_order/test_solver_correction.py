@@ -73,18 +73,6 @@ def loss_of(host, batch):
     return host.training_step(batch, 0)
 
 
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    """A module that is used without a Trainer logs nothing."""
-    log = SolverCorrection.log
-
-    def logged(self, *args, **kwargs):
-        if self._trainer is not None:
-            log(self, *args, **kwargs)
-
-    monkeypatch.setattr(SolverCorrection, "log", logged)
-
-
 def test_loss_of_a_rollout():
     host, batch = module(dtype=torch.float64), rows(dtype=torch.float64)[:]
     state, total = batch[0].numpy(), 0.0
