@@ -33,7 +33,7 @@ def test_objective_by_hand_is_ours(objective, by_hand, monkeypatch):
     if objective == "trades":
         attack = attack.replaced(random_start="gaussian")
     for host, callbacks in ((ours, [AdversarialTraining(attack, objective=objective)]), (theirs, [])):
-        trainer = benchmark.quiet_trainer(max_epochs=1, limit_val_batches=0, callbacks=callbacks)
+        trainer = benchmark.pl.Trainer(**benchmark.SILENT, max_epochs=1, limit_val_batches=0, callbacks=callbacks)
         trainer.fit(host, torch.utils.data.DataLoader(rows, batch_size=32))
     moved, apart = 0.0, 0.0
     for name, value in ours.network.state_dict().items():
