@@ -31,8 +31,9 @@ class SolverCorrection(pl.LightningModule):
     - ``interactive=False``: each step starts at a state of the trajectory (NON, not interacting). The solver needs no
       derivative, but the network never sees the states that its own corrections lead to.
 
-    Logs ``train/loss`` per step; ``val/loss``, ``val/mae``, and in the test ``test/mae``, ``test/mae_end``, that of the
-    last step, and ``test/mae_solver``, that of the solver alone, per epoch, over whole rollouts.
+    Logs ``train/loss`` and ``train/mae`` per step; ``val/loss``, ``val/mae``, and in the test ``test/mae``,
+    ``test/mae_end``, that of the last step, and ``test/mae_solver``, that of the solver alone, per epoch, over whole
+    rollouts.
 
     Papers: DeepZero: Scaling up Zeroth-Order Optimization for Deep Model Training (ICLR 2024, arXiv:2310.02025);
     Solver-in-the-Loop: Learning from Differentiable Physics to Interact with Iterative PDE-Solvers (NeurIPS 2020,
@@ -118,11 +119,14 @@ class SolverCorrection(pl.LightningModule):
         """The loss of a batch."""
         states, trajectories = self._checked(batch)
         if self.interactive:
-            loss = F.mse_loss(self(states, trajectories.shape[1]), trajectories)
+            found = self(states, trajectories.shape[1])
         else:
             starts = torch.cat([states.unsqueeze(1), trajectories[:, :-1]], dim=1).flatten(0, 1)
-            loss = F.mse_loss(self._corrected(self.solver.simulate(starts)), trajectories.flatten(0, 1))
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(states))
+            found = self._corrected(self.solver.simulate(starts)).view_as(trajectories)
+        loss = F.mse_loss(found, trajectories)
+        self.log("train/loss", loss, batch_size=len(states))
+        # squares of small errors are zeros in a progress bar
+        self.log("train/mae", F.l1_loss(found.detach(), trajectories), prog_bar=True, batch_size=len(states))
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -152,7 +156,7 @@ class SolverCorrection(pl.LightningModule):
     def _measure(self, part: str, name: str, found: Tensor, expected: Tensor) -> None:
         measure = self.measures[f"{part}_{name}"]
         measure.update(found.contiguous(), expected.contiguous())  # type: ignore[operator]
-        self.log(f"{part}/{name}", measure, on_step=False, on_epoch=True, batch_size=len(found))  # type: ignore[arg-type]
+        self.log(f"{part}/{name}", measure, prog_bar=part == "val", on_step=False, on_epoch=True, batch_size=len(found))  # type: ignore[arg-type]
 
     def _checked(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         states, trajectories = batch

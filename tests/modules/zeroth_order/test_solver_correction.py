@@ -149,6 +149,9 @@ def test_a_run_learns_the_correction(way):
     trainer = pl.Trainer(**QUIET, max_epochs=100, callbacks=callbacks)
     trainer.fit(host, Data())
     assert trainer.callback_metrics["val/mae"] < 0.02
+    assert trainer.progress_bar_metrics.keys() == {"train/mae", "val/mae"}
+    assert 0.0 < trainer.callback_metrics["train/mae"] < 0.05
+    assert trainer.callback_metrics["train/loss"] < trainer.callback_metrics["train/mae"]
     (found,) = trainer.test(host, Data(), verbose=False)
     assert set(found) == {"test/mae", "test/mae_end", "test/mae_solver"}
     states, trajectories = rows(2)[:]
